@@ -1,0 +1,2 @@
+//! The `ferry` tool.
+fn main() {}
