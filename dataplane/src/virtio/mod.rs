@@ -2,3 +2,4 @@
 
 pub mod inflight;
 pub mod queue;
+pub mod spec;
