@@ -1,7 +1,6 @@
 //! What can go wrong between the driver and a device.
 
 use std::io;
-use std::path::PathBuf;
 
 use ferry_shared::errno::Errno;
 
@@ -11,22 +10,20 @@ use super::ring::RingError;
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
     /// Nothing to connect to.
-    #[error("cannot connect to {}: {source}; {hint}", path.display())]
+    #[error("no connection: {cause}; {hint}")]
     Connect {
-        /// The socket.
-        path: PathBuf,
         /// The system's reason.
-        source: io::Error,
+        cause: io::Error,
         /// What to do about it.
         hint: &'static str,
     },
     /// A system call failed.
-    #[error("cannot {doing}: {source}")]
+    #[error("cannot {doing}: {cause}")]
     Io {
         /// What was being done.
         doing: &'static str,
         /// The system's reason.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The device closed the connection.
     #[error("the device closed the connection in answer to {0}")]
@@ -69,21 +66,21 @@ pub enum DriverError {
     #[error("the driver's memory has no room for the virtqueues")]
     NoRoom,
     /// The device broke the rules of a ring.
-    #[error("virtqueue {queue}: {source}")]
+    #[error("virtqueue {queue}: {broken}")]
     Ring {
         /// Which virtqueue.
         queue: u16,
         /// Which rule.
-        source: RingError,
+        broken: RingError,
     },
 }
 
 impl DriverError {
     /// For `map_err`: the system call's failure while `doing` something.
     pub(super) fn io<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> DriverError {
-        move |source| DriverError::Io {
+        move |cause| DriverError::Io {
             doing,
-            source: source.into(),
+            cause: cause.into(),
         }
     }
 }

@@ -87,9 +87,9 @@ impl Queue {
 
     /// Takes the next finished request, if there is one.
     pub fn pop(&mut self) -> Result<Option<Completion>> {
-        self.ring.pop().map_err(|source| DriverError::Ring {
+        self.ring.pop().map_err(|broken| DriverError::Ring {
             queue: self.index,
-            source,
+            broken,
         })
     }
 

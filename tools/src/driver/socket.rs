@@ -23,8 +23,8 @@ pub(super) struct Socket {
 
 impl Socket {
     pub(super) fn connect(path: &Path, patience: Duration) -> Result<Socket> {
-        let stream = UnixStream::connect(path).map_err(|source| {
-            let hint = match source.kind() {
+        let stream = UnixStream::connect(path).map_err(|cause| {
+            let hint = match cause.kind() {
                 ErrorKind::NotFound => {
                     "there is no such socket: is the service running, and the device created and started?"
                 }
@@ -34,11 +34,7 @@ impl Socket {
                 ErrorKind::PermissionDenied => "run this as root, or as the socket's owner",
                 _ => "name the socket of a vfio-user or vhost-user device",
             };
-            DriverError::Connect {
-                path: path.to_owned(),
-                source,
-                hint,
-            }
+            DriverError::Connect { cause, hint }
         })?;
         let socket = Socket { stream };
         socket.set_patience(patience)?;
@@ -172,7 +168,7 @@ fn failure(request: &'static str, e: io::Error) -> DriverError {
         ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => DriverError::Closed(request),
         _ => DriverError::Io {
             doing: "talk to the device",
-            source: e,
+            cause: e,
         },
     }
 }

@@ -95,7 +95,7 @@ impl Supervisor {
         let shown = self.mount.dir().display().to_string();
         match end {
             End::Failed(error) => {
-                let _ = self.device.reset();
+                // The device learns of it when the connection closes; it might not answer a reset.
                 let error = worker_error.unwrap_or(error);
                 return Err(error.context(format!(
                     "the mount at {shown} has ended and was removed; its pending requests have failed"
