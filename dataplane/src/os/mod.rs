@@ -1,0 +1,3 @@
+//! The operating system: the only place, with the backends and the transports' sockets, that makes system calls.
+
+pub mod eventfd;
