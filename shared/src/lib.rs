@@ -6,6 +6,8 @@
 extern crate alloc;
 
 pub mod errno;
+#[cfg(all(feature = "std", not(loom)))]
+pub mod handshake;
 pub mod limits;
 pub mod msg;
 pub mod region;
