@@ -7,6 +7,8 @@
 //! A method does its work and returns the answer; it runs on the core, or on the core's helper thread when
 //! [`FsDev::may_block`] says so. Data operations return an [`Io`] that the core performs on its ring.
 
+pub mod null;
+
 use core::ffi::CStr;
 
 use ferry_shared::errno::Errno;
