@@ -29,4 +29,6 @@ pub mod engine;
 #[cfg(feature = "std")]
 pub mod os;
 #[cfg(feature = "std")]
+pub mod platform;
+#[cfg(feature = "std")]
 pub mod transport;

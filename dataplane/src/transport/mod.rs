@@ -1,1 +1,3 @@
-//! .
+//! How devices reach their drivers.
+
+pub mod vfio_user;
