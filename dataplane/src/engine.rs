@@ -69,7 +69,7 @@ pub trait Cores {
 }
 
 /// What the cores report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CoreEvent {
     /// A queue is stopped; nothing of the device touches its rings any more.
     QueueStopped {
