@@ -7,26 +7,12 @@ use std::sync::Arc;
 
 use crate::mem::GuestMap;
 use crate::os::eventfd::EventFd;
+pub use crate::virtio::device::{QueueIdx, QueueKind};
 use crate::virtio::queue::{QueueConfig, QueueState};
 
 /// Names a started device for as long as the process lives; never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DeviceId(pub u32);
-
-/// Number of a virtqueue within its device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct QueueIdx(pub u16);
-
-/// What travels on a queue (virtio 1.3, section 5.11.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QueueKind {
-    /// FORGET, BATCH_FORGET and INTERRUPT.
-    HighPriority,
-    /// Messages from the device to the driver.
-    Notification,
-    /// Everything else.
-    Request,
-}
 
 /// Everything a core needs to serve a queue.
 #[derive(Debug)]

@@ -1,3 +1,6 @@
 //! The operating system: the only place, with the backends and the transports' sockets, that makes system calls.
 
 pub mod eventfd;
+pub mod mmap;
+pub mod poller;
+pub mod socket;
