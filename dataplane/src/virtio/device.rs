@@ -13,25 +13,11 @@ use ferry_shared::msg::DeviceSpec;
 
 use super::queue::{QueueConfig, QueueState};
 use super::spec::{Features, FsConfig, Status};
+use crate::id::{QueueIdx, QueueKind};
 use crate::mem::Iova;
 
 /// Smallest buffer that the driver puts into the notification queue: the largest message of the device fits.
 pub const NOTIFY_BUF_SIZE: u32 = 4096;
-
-/// Number of a virtqueue within its device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct QueueIdx(pub u16);
-
-/// What travels on a queue (virtio 1.3, section 5.11.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QueueKind {
-    /// FORGET, BATCH_FORGET and INTERRUPT.
-    HighPriority,
-    /// Messages from the device to the driver.
-    Notification,
-    /// Everything else.
-    Request,
-}
 
 /// What the driver has set for one queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
