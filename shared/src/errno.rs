@@ -80,7 +80,11 @@ errnos! {
 impl Errno {
     /// Takes a positive number in 1..=4095, the range that FUSE and Linux allow; anything else becomes `EIO`.
     pub const fn from_raw(raw: i32) -> Errno {
-        if raw >= 1 && raw <= 4095 { Errno(raw) } else { Errno::EIO }
+        if raw >= 1 && raw <= 4095 {
+            Errno(raw)
+        } else {
+            Errno::EIO
+        }
     }
 
     /// The positive number.

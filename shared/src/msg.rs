@@ -93,7 +93,10 @@ pub struct Failure {
 impl Failure {
     /// A failure with its explanation.
     pub fn new(errno: Errno, detail: impl Into<String>) -> Failure {
-        Failure { errno, detail: detail.into() }
+        Failure {
+            errno,
+            detail: detail.into(),
+        }
     }
 }
 
@@ -287,7 +290,11 @@ pub enum Event {
 
 fn check_name(what: &str, name: &str) -> Result<(), Failure> {
     let good = |b: u8| b.is_ascii_graphic() && b != b'/';
-    if name.is_empty() || name.len() > limits::NAME_LEN || !name.bytes().all(good) || name.starts_with('.') {
+    if name.is_empty()
+        || name.len() > limits::NAME_LEN
+        || !name.bytes().all(good)
+        || name.starts_with('.')
+    {
         return Err(Failure::new(
             Errno::EINVAL,
             format!(
@@ -301,7 +308,10 @@ fn check_name(what: &str, name: &str) -> Result<(), Failure> {
 
 fn check_range(what: &str, value: u32, low: u32, high: u32) -> Result<(), Failure> {
     if value < low || value > high {
-        return Err(Failure::new(Errno::EINVAL, format!("{what} {value} is outside {low} to {high}")));
+        return Err(Failure::new(
+            Errno::EINVAL,
+            format!("{what} {value} is outside {low} to {high}"),
+        ));
     }
     Ok(())
 }
@@ -316,10 +326,18 @@ impl FsdevSpec {
                 if !aio.root_path.starts_with('/') || aio.root_path.contains('\0') {
                     return Err(Failure::new(
                         Errno::EINVAL,
-                        format!("root_path {:?} of fsdev {} must be an absolute path", aio.root_path, self.name),
+                        format!(
+                            "root_path {:?} of fsdev {} must be an absolute path",
+                            aio.root_path, self.name
+                        ),
                     ));
                 }
-                check_range("max_xfer_size", aio.max_xfer_size, limits::MIN_XFER_SIZE, limits::MAX_DATA_BUFFER)
+                check_range(
+                    "max_xfer_size",
+                    aio.max_xfer_size,
+                    limits::MIN_XFER_SIZE,
+                    limits::MAX_DATA_BUFFER,
+                )
             }
         }
     }
@@ -328,7 +346,9 @@ impl FsdevSpec {
 impl DeviceSpec {
     /// Virtqueues that the device takes from the service's total: requests, high priority, notification.
     pub fn queues(&self) -> u32 {
-        self.num_request_queues.saturating_add(1).saturating_add(u32::from(self.notification_vq))
+        self.num_request_queues
+            .saturating_add(1)
+            .saturating_add(u32::from(self.notification_vq))
     }
 
     /// Checks everything that does not depend on other objects.
@@ -346,7 +366,11 @@ impl DeviceSpec {
                 if vuid.is_empty() || vuid.len() > limits::VUID_LEN {
                     return Err(Failure::new(
                         Errno::EINVAL,
-                        format!("vuid {vuid:?} of device {} must be 1 to {} bytes", self.name, limits::VUID_LEN),
+                        format!(
+                            "vuid {vuid:?} of device {} must be 1 to {} bytes",
+                            self.name,
+                            limits::VUID_LEN
+                        ),
                     ));
                 }
                 limits::DOCA_TAG_LEN
@@ -359,9 +383,17 @@ impl DeviceSpec {
 
 /// Checks a queue size: a power of two (split rings need one) within the limits.
 pub fn check_queue_size(size: u32) -> Result<(), Failure> {
-    check_range("queue_size", size, limits::MIN_QUEUE_SIZE, limits::MAX_QUEUE_SIZE)?;
+    check_range(
+        "queue_size",
+        size,
+        limits::MIN_QUEUE_SIZE,
+        limits::MAX_QUEUE_SIZE,
+    )?;
     if !size.is_power_of_two() {
-        return Err(Failure::new(Errno::EINVAL, format!("queue_size {size} is not a power of two")));
+        return Err(Failure::new(
+            Errno::EINVAL,
+            format!("queue_size {size} is not a power of two"),
+        ));
     }
     Ok(())
 }
@@ -369,7 +401,10 @@ pub fn check_queue_size(size: u32) -> Result<(), Failure> {
 /// Checks a tag against the limit of its transport, in bytes.
 pub fn check_tag(tag: &str, max: usize) -> Result<(), Failure> {
     if tag.is_empty() || tag.len() > max || tag.contains('\0') {
-        return Err(Failure::new(Errno::EINVAL, format!("tag {tag:?} must be 1 to {max} bytes without NUL")));
+        return Err(Failure::new(
+            Errno::EINVAL,
+            format!("tag {tag:?} must be 1 to {max} bytes without NUL"),
+        ));
     }
     Ok(())
 }

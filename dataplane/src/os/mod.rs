@@ -1,0 +1,6 @@
+//! The operating system: the only place, with the backends and the transports' sockets, that makes system calls.
+
+pub mod arena;
+pub mod eventfd;
+pub mod signal;
+pub mod uring;
