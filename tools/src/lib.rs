@@ -2,3 +2,4 @@
 
 pub mod driver;
 pub mod mount;
+pub mod rpc;
