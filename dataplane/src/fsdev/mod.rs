@@ -7,6 +7,10 @@
 //! A method does its work and returns the answer; it runs on the core, or on the core's helper thread when
 //! [`FsDev::may_block`] says so. Data operations return an [`Io`] that the core performs on its ring.
 
+#[cfg(feature = "std")]
+pub mod passthrough;
+pub mod table;
+
 use core::ffi::CStr;
 
 use ferry_shared::errno::Errno;
