@@ -135,6 +135,11 @@ pub fn opcode(input: &[u8]) -> u32 {
     parse::header(input).map_or(0, |header| header.opcode)
 }
 
+/// The number of a copied request; 0 if it is too short to have one.
+pub fn unique(input: &[u8]) -> u64 {
+    parse::header(input).map_or(0, |header| header.unique)
+}
+
 /// How many bytes of scratch [`execute`] needs for a copied request whose reply may be `reply` bytes long; at most
 /// [`MAX_DATA_BUFFER`].
 pub fn scratch_needed(input: &[u8], reply: usize) -> usize {

@@ -182,6 +182,11 @@ pub trait FsDev: Send + Sync {
     /// Releases what [`Io::Submit`] held. `result` is what the operation gave: bytes, or a negative error number.
     fn unpin(&self, pin: Pin, op: IoOp, result: i32) {}
 
+    /// Changes whenever a lock may have been released, so that waiting SETLKW requests are worth trying again.
+    fn lock_epoch(&self) -> u64 {
+        0
+    }
+
     /// LOOKUP; counts one lookup on success.
     fn lookup(
         &self,
