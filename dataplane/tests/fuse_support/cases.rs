@@ -2,39 +2,39 @@
 
 use super::wire::{Wire, wire};
 
-pub const UNIQUE: u64 = 0x1122_3344_5566_7788;
+pub(crate) const UNIQUE: u64 = 0x1122_3344_5566_7788;
 const WHO: &str = "1000/100/4242";
 
 /// A request and what becomes of it.
-pub struct Case {
-    pub name: &'static str,
-    pub opcode: u32,
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) opcode: u32,
     /// What follows the header.
-    pub body: Vec<u8>,
+    pub(crate) body: Vec<u8>,
     /// What the backend hears, in order.
-    pub calls: Vec<String>,
+    pub(crate) calls: Vec<String>,
     /// What follows the header of the reply; `None` if there is no reply.
-    pub reply: Option<Vec<u8>>,
+    pub(crate) reply: Option<Vec<u8>>,
     /// The shortest body that is still a valid request.
-    pub least: usize,
+    pub(crate) least: usize,
 }
 
 impl Case {
-    pub fn request(&self) -> Vec<u8> {
+    pub(crate) fn request(&self) -> Vec<u8> {
         request(self.opcode, NODE, &self.body)
     }
 }
 
 /// The node that every case is about.
-pub const NODE: u64 = 7;
+pub(crate) const NODE: u64 = 7;
 
 /// A whole request: the header and a body.
-pub fn request(opcode: u32, nodeid: u64, body: &[u8]) -> Vec<u8> {
+pub(crate) fn request(opcode: u32, nodeid: u64, body: &[u8]) -> Vec<u8> {
     extended(opcode, nodeid, body, &[])
 }
 
 /// A whole request with an extension area, whose length must be a multiple of 8.
-pub fn extended(opcode: u32, nodeid: u64, body: &[u8], extensions: &[u8]) -> Vec<u8> {
+pub(crate) fn extended(opcode: u32, nodeid: u64, body: &[u8], extensions: &[u8]) -> Vec<u8> {
     let len = 40 + body.len() + extensions.len();
     wire()
         .u32(len as u32)
@@ -52,7 +52,7 @@ pub fn extended(opcode: u32, nodeid: u64, body: &[u8], extensions: &[u8]) -> Vec
 }
 
 /// INIT of 64 bytes.
-pub fn init(major: u32, minor: u32, flags: u64) -> Vec<u8> {
+pub(crate) fn init(major: u32, minor: u32, flags: u64) -> Vec<u8> {
     let body = wire()
         .u32(major)
         .u32(minor)
@@ -131,7 +131,7 @@ fn copy() -> Wire {
 }
 
 /// A case for each operation; several where the reply has several forms.
-pub fn all() -> Vec<Case> {
+pub(crate) fn all() -> Vec<Case> {
     let mut all = names();
     all.extend(files());
     all.extend(directories());
@@ -551,27 +551,27 @@ fn session() -> Vec<Case> {
 }
 
 /// A lock request of an owner.
-pub fn lock_request(opcode: u32, owner: u64) -> Vec<u8> {
+pub(crate) fn lock_request(opcode: u32, owner: u64) -> Vec<u8> {
     request(opcode, NODE, &lock(owner).0)
 }
 
 /// READ.
-pub fn read_request(fh: u64, offset: u64, size: u32) -> Vec<u8> {
+pub(crate) fn read_request(fh: u64, offset: u64, size: u32) -> Vec<u8> {
     request(15, NODE, &transfer(fh, offset, size).0)
 }
 
 /// WRITE.
-pub fn write_request(fh: u64, size: u32, data: &[u8]) -> Vec<u8> {
+pub(crate) fn write_request(fh: u64, size: u32, data: &[u8]) -> Vec<u8> {
     request(16, NODE, &transfer(fh, 0, size).raw(data).0)
 }
 
 /// READDIR (28) or READDIRPLUS (44).
-pub fn readdir_request(opcode: u32, offset: u64, size: u32) -> Vec<u8> {
+pub(crate) fn readdir_request(opcode: u32, offset: u64, size: u32) -> Vec<u8> {
     request(opcode, NODE, &transfer(0xf4, offset, size).0)
 }
 
 /// IOCTL with these flags.
-pub fn ioctl_request(flags: u32, in_size: u32, out_size: u32, input: &[u8]) -> Vec<u8> {
+pub(crate) fn ioctl_request(flags: u32, in_size: u32, out_size: u32, input: &[u8]) -> Vec<u8> {
     let mut body = ioctl(in_size, out_size).raw(input).0;
     super::wire::put_u32(&mut body, 8, flags);
     request(39, NODE, &body)

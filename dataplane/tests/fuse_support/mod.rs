@@ -3,9 +3,9 @@
 #![expect(unsafe_code, reason = "builds segments over memory of the test's own")]
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-pub mod cases;
-pub mod scripted;
-pub mod wire;
+pub(crate) mod cases;
+pub(crate) mod scripted;
+pub(crate) mod wire;
 
 use std::ptr::NonNull;
 
@@ -17,21 +17,21 @@ use ferry_dataplane::fuse::session::Session;
 use ferry_dataplane::mem::{IoVec, Segments};
 
 /// What fills reply memory that nobody has written.
-pub const UNTOUCHED: u8 = 0xee;
+pub(crate) const UNTOUCHED: u8 = 0xee;
 /// What fills scratch, as an earlier request of another guest might have.
 const STALE: u8 = 0x5a;
 /// Bytes of a reply's header.
-pub const HEADER: usize = 16;
+pub(crate) const HEADER: usize = 16;
 
 /// Guest memory in pieces.
-pub struct Pieces {
+pub(crate) struct Pieces {
     raw: Vec<*mut [u8]>,
     iovecs: Vec<IoVec>,
 }
 
 impl Pieces {
     /// Spreads bytes over pieces of the given lengths; what is left over makes one more piece.
-    pub fn new(bytes: &[u8], lengths: &[usize]) -> Pieces {
+    pub(crate) fn new(bytes: &[u8], lengths: &[usize]) -> Pieces {
         let mut pieces = Pieces {
             raw: Vec::new(),
             iovecs: Vec::new(),
@@ -52,12 +52,12 @@ impl Pieces {
         self.iovecs.push(IoVec::new(base, bytes.len()));
     }
 
-    pub fn segments(&self) -> Segments<'_> {
+    pub(crate) fn segments(&self) -> Segments<'_> {
         // SAFETY: every piece is an allocation of its own that lives as long as `self` and has no Rust reference to it.
         unsafe { Segments::new(&self.iovecs) }
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.segments().len()];
         self.segments().read(&mut bytes);
         bytes
@@ -75,7 +75,7 @@ impl Drop for Pieces {
 
 /// What came of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
+pub(crate) enum Answer {
     /// The reply's bytes; none for an operation without a reply.
     Reply(Vec<u8>),
     /// SETLKW waits.
@@ -86,7 +86,7 @@ pub enum Answer {
 
 impl Answer {
     /// The error number of a reply, positive; 0 for success.
-    pub fn errno(&self) -> i32 {
+    pub(crate) fn errno(&self) -> i32 {
         match self {
             Answer::Reply(bytes) if bytes.len() >= HEADER => -wire::i32_at(bytes, 4),
             other => panic!("no reply: {other:?}"),
@@ -94,23 +94,23 @@ impl Answer {
     }
 
     /// What follows the header of a reply.
-    pub fn payload(&self) -> &[u8] {
+    pub(crate) fn payload(&self) -> &[u8] {
         match self {
             Answer::Reply(bytes) if bytes.len() >= HEADER => &bytes[HEADER..],
             other => panic!("no reply: {other:?}"),
         }
     }
 
-    pub fn is_silent(&self) -> bool {
+    pub(crate) fn is_silent(&self) -> bool {
         *self == Answer::Reply(Vec::new())
     }
 }
 
 /// Bytes that a submitted READ "finds" in the file, at most.
-pub const FILE: &[u8] = b"from the ring";
+pub(crate) const FILE: &[u8] = b"from the ring";
 
 /// Takes a request through all the steps of a core.
-pub fn exchange<F: FsDev>(
+pub(crate) fn exchange<F: FsDev>(
     fs: Option<&F>,
     session: &Session,
     request: &Pieces,
@@ -196,14 +196,14 @@ fn checked(input: &[u8], reply: &Pieces, used: usize) -> Answer {
 }
 
 /// A guest that has sent INIT and sends whole requests.
-pub struct Guest<F> {
-    pub fs: F,
-    pub session: Session,
+pub(crate) struct Guest<F> {
+    pub(crate) fs: F,
+    pub(crate) session: Session,
 }
 
 impl<F: FsDev> Guest<F> {
     /// A guest that has sent nothing.
-    pub fn new(fs: F) -> Guest<F> {
+    pub(crate) fn new(fs: F) -> Guest<F> {
         Guest {
             fs,
             session: Session::default(),
@@ -211,7 +211,7 @@ impl<F: FsDev> Guest<F> {
     }
 
     /// A guest with protocol 7.45 and every flag that it can get.
-    pub fn mounted(fs: F) -> Guest<F> {
+    pub(crate) fn mounted(fs: F) -> Guest<F> {
         let guest = Guest::new(fs);
         let answer = guest.send(&cases::init(7, 45, u64::MAX));
         assert_eq!(answer.errno(), 0, "INIT");
@@ -219,17 +219,17 @@ impl<F: FsDev> Guest<F> {
     }
 
     /// Sends a request that has room for any reply.
-    pub fn send(&self, request: &[u8]) -> Answer {
+    pub(crate) fn send(&self, request: &[u8]) -> Answer {
         self.send_for(request, 256 * 1024)
     }
 
     /// Sends a request with so much room for the reply.
-    pub fn send_for(&self, request: &[u8], room: usize) -> Answer {
+    pub(crate) fn send_for(&self, request: &[u8], room: usize) -> Answer {
         self.send_split(request, &[], room, &[])
     }
 
     /// Sends a request in pieces.
-    pub fn send_split(
+    pub(crate) fn send_split(
         &self,
         request: &[u8],
         request_pieces: &[usize],
@@ -243,6 +243,6 @@ impl<F: FsDev> Guest<F> {
 }
 
 /// The opcode as the reactor sees it.
-pub fn opcode(request: &[u8]) -> u32 {
+pub(crate) fn opcode(request: &[u8]) -> u32 {
     dispatch::opcode(request)
 }

@@ -11,18 +11,18 @@ use ferry_dataplane::mem::Segments;
 use ferry_shared::errno::Errno;
 
 /// A handle whose data operations are submitted.
-pub const SUBMITTED: u64 = 0x52;
+pub(crate) const SUBMITTED: u64 = 0x52;
 /// A lock owner whose locks conflict.
-pub const CONFLICTING: u64 = 0xc0;
+pub(crate) const CONFLICTING: u64 = 0xc0;
 /// A node that gives `Errno(512)`, which no guest may see.
-pub const INTERNAL: u64 = 0x512;
+pub(crate) const INTERNAL: u64 = 0x512;
 
-pub struct Scripted {
-    pub calls: Mutex<Vec<String>>,
-    pub offer: Offer,
-    pub mount_error: Option<Errno>,
+pub(crate) struct Scripted {
+    pub(crate) calls: Mutex<Vec<String>>,
+    pub(crate) offer: Offer,
+    pub(crate) mount_error: Option<Errno>,
     /// Length that READLINK, GETXATTR, LISTXATTR and IOCTL claim to have filled, instead of the true one.
-    pub claimed: Option<usize>,
+    pub(crate) claimed: Option<usize>,
 }
 
 impl Default for Scripted {
@@ -46,7 +46,7 @@ impl Scripted {
     }
 
     /// What was asked since the last time.
-    pub fn taken(&self) -> Vec<String> {
+    pub(crate) fn taken(&self) -> Vec<String> {
         std::mem::take(&mut *self.calls.lock().expect("no test panics here"))
     }
 
