@@ -2,5 +2,8 @@
 
 pub mod arena;
 pub mod eventfd;
+pub mod mmap;
+pub mod poller;
 pub mod signal;
+pub mod socket;
 pub mod uring;

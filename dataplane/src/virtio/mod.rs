@@ -12,6 +12,7 @@
 
 mod area;
 pub mod chain;
+pub mod device;
 pub mod inflight;
 mod packed;
 pub mod queue;
