@@ -16,11 +16,14 @@ struct Cli {
 enum Command {
     /// Attach to a function from this host and mount it through the kernel's FUSE.
     Mount(ferry_tools::mount::Args),
+    /// Start and supervise both processes, for machines without a service manager.
+    Up(ferry_tools::up::Args),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Mount(args) => ferry_tools::mount::run(&args),
+        Command::Up(args) => ferry_tools::up::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
