@@ -1,3 +1,4 @@
 //! How devices reach their drivers.
 
 pub mod vfio_user;
+pub mod vhost_user;

@@ -25,9 +25,9 @@ pub const VERSION_MAJOR: u16 = 0;
 pub const VERSION_MINOR: u16 = 1;
 
 /// Largest data of one region access, as offered in the version message.
-pub const MAX_DATA_XFER: u32 = 4096;
+pub const MAX_DATA_XFER: u32 = 32 * 1024;
 /// File descriptors of one message that are taken, as offered in the version message.
-pub const MAX_MSG_FDS: usize = 64;
+pub const MAX_MSG_FDS: usize = 16;
 /// Largest message that is taken: nothing that a client has reason to send is longer.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 
