@@ -5,28 +5,10 @@
 
 use std::sync::Arc;
 
+pub use crate::id::{CoreEvent, DeviceId, QueueIdx, QueueKind};
 use crate::mem::GuestMap;
 use crate::os::eventfd::EventFd;
-use crate::virtio::queue::{QueueConfig, QueueState};
-
-/// Names a started device for as long as the process lives; never reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DeviceId(pub u32);
-
-/// Number of a virtqueue within its device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct QueueIdx(pub u16);
-
-/// What travels on a queue (virtio 1.3, section 5.11.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QueueKind {
-    /// FORGET, BATCH_FORGET and INTERRUPT.
-    HighPriority,
-    /// Messages from the device to the driver.
-    Notification,
-    /// Everything else.
-    Request,
-}
+use crate::virtio::queue::QueueConfig;
 
 /// Everything a core needs to serve a queue.
 #[derive(Debug)]
@@ -66,38 +48,4 @@ pub trait Cores {
     fn set_memory(&mut self, device: DeviceId, map: Arc<GuestMap>);
     /// Ends the device's FUSE session, if there is one; called when all its queues are stopped by a reset or a hang-up.
     fn end_session(&mut self, device: DeviceId);
-}
-
-/// What the cores report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CoreEvent {
-    /// A queue is stopped; nothing of the device touches its rings any more.
-    QueueStopped {
-        /// The device.
-        device: DeviceId,
-        /// The queue.
-        index: QueueIdx,
-        /// Where it stands.
-        state: QueueState,
-    },
-    /// The old guest memory is out of use.
-    MemoryReplaced {
-        /// The device.
-        device: DeviceId,
-    },
-    /// The driver broke the rules of the ring: the queue takes no more requests until it is reset, and the device should
-    /// say `DEVICE_NEEDS_RESET`. Reported once.
-    QueueFailed {
-        /// The device.
-        device: DeviceId,
-        /// The queue.
-        index: QueueIdx,
-    },
-    /// A FUSE session began or ended.
-    Mounted {
-        /// The device.
-        device: DeviceId,
-        /// Whether it is mounted now.
-        mounted: bool,
-    },
 }

@@ -20,13 +20,24 @@ extern crate alloc;
 pub mod dispatch;
 pub mod fsdev;
 pub mod fuse;
+pub mod id;
 pub mod mem;
 pub mod pool;
+pub mod reactor;
+pub mod slot;
 pub mod virtio;
 
 #[cfg(feature = "std")]
+pub mod cores;
+#[cfg(feature = "std")]
+pub mod cpumask;
+#[cfg(feature = "std")]
 pub mod engine;
 #[cfg(feature = "std")]
+pub mod mailbox;
+#[cfg(feature = "std")]
 pub mod os;
+#[cfg(feature = "std")]
+pub mod platform;
 #[cfg(feature = "std")]
 pub mod transport;

@@ -13,7 +13,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU16, AtomicU32};
+use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use ferry_shared::limits::MAX_MEMORY_REGIONS;
 
@@ -93,6 +93,8 @@ pub enum MapError {
 #[derive(Debug, Default)]
 pub struct GuestMap {
     regions: Box<[Region]>,
+    /// Tells this map from every other one that has regions; 0 for the empty map.
+    id: u64,
     /// Keeps the mappings alive for as long as somebody can translate through this map.
     _mappings: Vec<Box<dyn Mapping>>,
 }
@@ -135,10 +137,17 @@ impl GuestMap {
             }
             end = Some(last);
         }
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         Ok(GuestMap {
             regions: regions.into_boxed_slice(),
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             _mappings: mappings,
         })
+    }
+
+    /// Tells this map from every other one; what has been translated by one map is never used with another.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// The regions, in the order of their addresses.

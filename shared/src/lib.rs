@@ -1,10 +1,14 @@
 //! What Ferry's two processes agree on: limits, errors, messages, and the shared-memory rings that carry them.
 //!
 //! `no_std`: the request path and the control path use the same definitions.
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, feature = "std", loom)), no_std)]
 
 extern crate alloc;
 
 pub mod errno;
+#[cfg(all(feature = "std", not(loom)))]
+pub mod handshake;
 pub mod limits;
 pub mod msg;
+pub mod region;
+pub mod ring;

@@ -1,2 +1,43 @@
-//! The `ferry` tool.
-fn main() {}
+//! The `ferry` tool: one program, one sub-command per job.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Ferry: virtio-fs devices for hosts and virtual machines.
+#[derive(Parser)]
+#[command(name = "ferry", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Attach to a function from this host and mount it through the kernel's FUSE.
+    Mount(ferry_tools::mount::Args),
+    /// Start and supervise both processes, for machines without a service manager.
+    Up(ferry_tools::up::Args),
+    /// Send RPCs to the control plane; `ferry rpc -h` lists them.
+    #[command(name = "rpc")]
+    Rpc,
+}
+
+fn main() -> ExitCode {
+    // Its command lines follow the original tool, also under that tool's names.
+    if let Some(words) = ferry_tools::rpc::requested(std::env::args_os()) {
+        return ferry_tools::rpc::run(words);
+    }
+    let outcome = match Cli::parse().command {
+        Command::Mount(args) => ferry_tools::mount::run(&args),
+        Command::Up(args) => ferry_tools::up::run(args),
+        Command::Rpc => return ferry_tools::rpc::run(std::iter::empty()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ferry: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

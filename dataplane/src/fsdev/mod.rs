@@ -7,6 +7,7 @@
 //! A method does its work and returns the answer; it runs on the core, or on the core's helper thread when
 //! [`FsDev::may_block`] says so. Data operations return an [`Io`] that the core performs on its ring.
 
+pub mod null;
 #[cfg(feature = "std")]
 pub mod passthrough;
 pub mod table;
@@ -125,7 +126,8 @@ pub trait DirSink {
     /// Whether an entry with a name of this length (READDIRPLUS form) would still fit; asked before looking it up, so that
     /// no lookup count is taken for an entry that the guest never sees.
     fn fits_plus(&self, name_len: usize) -> bool;
-    /// Adds a READDIRPLUS entry.
+    /// Adds a READDIRPLUS entry. `entry.attr.ino` is listed; a node id of 0 means that the entry was not looked up, as
+    /// for `.` and `..`.
     fn entry_plus(&mut self, name: &[u8], off: u64, kind: u32, entry: &fuse_entry_out) -> bool;
 }
 
@@ -137,9 +139,37 @@ pub type IoResult = Result<Io, Errno>;
 ///
 /// `nodeid` is the header's node id. `&CStr` names are single components: the parser has refused empty names, names
 /// with `/` and overlong ones; `.` and `..` reach `lookup` only.
+///
+/// `ENOSYS` says "never": Linux remembers it for the life of the mount and asks no more. It then does without FLUSH,
+/// FSYNC, FSYNCDIR, ACCESS, the attribute operations, BMAP, LSEEK, POLL, FALLOCATE, COPY_FILE_RANGE, SYNCFS, STATX and
+/// TMPFILE, fakes success for some of them, and falls back to MKNOD and OPEN for CREATE. A method that works for some
+/// inodes only answers `EOPNOTSUPP` or what the system call gives; `ENOSYS` from a system call is not passed on.
 #[expect(unused_variables, reason = "the defaults answer without looking")]
 pub trait FsDev: Send + Sync {
     /// What can be offered to a mount; called at every INIT.
+    ///
+    /// A flag in the offer is a promise of the backend's; any other than these is disregarded
+    /// ([`crate::fuse::session::BACKEND_FLAGS`]):
+    ///
+    /// | flag | promise |
+    /// |---|---|
+    /// | `POSIX_LOCKS`, `FLOCK_LOCKS` | `getlk` and `setlk` keep locks by owner, and drop them in `flush` and `release` |
+    /// | `ATOMIC_O_TRUNC` | `open` truncates on `O_TRUNC`, and drops set-id bits on `FUSE_OPEN_KILL_SUIDGID` |
+    /// | `EXPORT_SUPPORT` | `lookup` answers `.` and `..`; without it they are refused before they get there |
+    /// | `NO_EXPORT_SUPPORT` | node ids are worthless to an NFS server in the guest |
+    /// | `DONT_MASK` | `mknod`, `mkdir`, `create` and `tmpfile` apply the `umask` in their argument (or a default ACL) |
+    /// | `AUTO_INVAL_DATA` | sizes and modification times are true, so the guest may judge its page cache by them |
+    /// | `EXPLICIT_INVAL_DATA` | a change behind the guest's back is notified |
+    /// | `WRITEBACK_CACHE` | any open file can be read, whatever its flags, and `O_APPEND` is left to the guest |
+    /// | `HANDLE_KILLPRIV` | write, truncation and chown drop set-id bits and capabilities |
+    /// | `HANDLE_KILLPRIV_V2` | the same, for write and truncation only where the `KILL_SUIDGID` bits ask for it |
+    /// | `POSIX_ACL` | the ACL attributes are stored and take effect on modes; `SETXATTR_ACL_KILL_SGID` is obeyed |
+    /// | `NO_OPENDIR_SUPPORT` | `opendir` answers `ENOSYS`, and `readdir` needs no handle |
+    /// | `SUBMOUNTS` | attributes carry `FUSE_ATTR_SUBMOUNT` where another file system begins |
+    /// | `SECURITY_CTX` | a new inode gets [`Caller::security_context`] |
+    /// | `CREATE_SUPP_GROUP` | a new inode is created with [`Caller::supplementary_group`] among the caller's groups |
+    /// | `DIRECT_IO_ALLOW_MMAP` | files opened with `FOPEN_DIRECT_IO` may be mapped shared |
+    /// | `ALLOW_IDMAP` | a user or group id of `FUSE_INVALID_UIDGID` in a header is not taken for a user |
     fn offer(&self) -> Offer;
 
     /// A mount begins: the session has granted these. Called before any other operation of the mount.
@@ -154,6 +184,11 @@ pub trait FsDev: Send + Sync {
 
     /// Releases what [`Io::Submit`] held. `result` is what the operation gave: bytes, or a negative error number.
     fn unpin(&self, pin: Pin, op: IoOp, result: i32) {}
+
+    /// Changes whenever a lock may have been released, so that waiting SETLKW requests are worth trying again.
+    fn lock_epoch(&self) -> u64 {
+        0
+    }
 
     /// LOOKUP; counts one lookup on success.
     fn lookup(

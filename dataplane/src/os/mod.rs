@@ -1,3 +1,9 @@
 //! The operating system: the only place, with the backends and the transports' sockets, that makes system calls.
 
+pub mod arena;
 pub mod eventfd;
+pub mod mmap;
+pub mod poller;
+pub mod signal;
+pub mod socket;
+pub mod uring;

@@ -1,0 +1,703 @@
+//! The cores: pinned threads that run a [`Reactor`] each, their helper threads, and the management thread's handle on them.
+//!
+//! The management thread talks to a core through its mailbox and hears from it through [`CoreSet::take_event`]. A core
+//! never waits for the management thread, and the other way round.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::dispatch::Outcome;
+use crate::engine::{Cores, QueueStart};
+use crate::fsdev::IoOp;
+use crate::id::{CoreEvent, DeviceId, QueueIdx};
+use crate::mailbox::Mailbox;
+use crate::mem::{GuestMap, IoVec};
+use crate::os::arena::Arena;
+use crate::os::eventfd::EventFd;
+use crate::os::uring::{Completion, Ring};
+use crate::pool::{DataPool, Slab};
+use crate::reactor::{Backend, DeviceShared, Job, Reactor, StartQueue, System};
+use crate::slot::SlotBody;
+use crate::virtio::queue::{Queue, QueueState};
+
+/// Request slots of a core: requests that it can have in flight.
+pub const SLOTS_PER_CORE: u32 = 256;
+/// Fewest data buffers of a core: one request may need two.
+pub const MIN_BUFFERS_PER_CORE: u32 = 2;
+/// Data buffers of a core when the operator gives no memory size.
+pub const DEFAULT_BUFFERS_PER_CORE: u32 = 32;
+/// Helper threads per core.
+const HELPERS_PER_CORE: usize = 4;
+/// How long an idle core goes on polling before it sleeps, when polling is adaptive.
+const SPIN: Duration = Duration::from_micros(50);
+/// How often locks that other processes may hold are tried again.
+const LOCK_POLL: Duration = Duration::from_millis(5);
+/// Messages that a mailbox has room for before it would grow: every slot's outcome, and what a burst of starts posts.
+const MAILBOX: usize = 4096;
+/// The watch on the core's own mailbox; queue watches count from 0.
+const MAILBOX_TOKEN: u32 = u32::MAX;
+
+/// When a core sleeps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PollMode {
+    /// After a short time without work.
+    #[default]
+    Adaptive,
+    /// Never.
+    Busy,
+    /// At once.
+    Interrupt,
+}
+
+/// What a core can be told.
+enum CoreMessage<B> {
+    Start(StartQueue<B, Arc<EventFd>>, Arc<EventFd>),
+    Stop {
+        device: DeviceId,
+        index: QueueIdx,
+        reset: bool,
+    },
+    SetCall {
+        device: DeviceId,
+        index: QueueIdx,
+        call: Option<Arc<EventFd>>,
+    },
+    SetMemory {
+        device: DeviceId,
+        map: Arc<GuestMap>,
+    },
+    Offloaded {
+        slot: u32,
+        outcome: Outcome,
+    },
+    Interrupt {
+        device: DeviceId,
+        unique: u64,
+    },
+    Quit,
+}
+
+type CoreMailbox<B> = Mailbox<CoreMessage<B>>;
+
+/// A job and where its outcome goes.
+struct HelperJob<B> {
+    slot: u32,
+    job: Job<B>,
+    core: Arc<CoreMailbox<B>>,
+}
+
+/// The helper threads' common queue.
+struct Helpers<B> {
+    jobs: Mutex<(std::collections::VecDeque<HelperJob<B>>, bool)>,
+    wake: Condvar,
+}
+
+impl<B: Backend> Helpers<B> {
+    fn new(capacity: usize) -> Helpers<B> {
+        let jobs = std::collections::VecDeque::with_capacity(capacity);
+        Helpers {
+            jobs: Mutex::new((jobs, false)),
+            wake: Condvar::new(),
+        }
+    }
+
+    fn post(&self, job: HelperJob<B>) {
+        self.jobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+            .push_back(job);
+        self.wake.notify_one();
+    }
+
+    fn close(&self) {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        self.wake.notify_all();
+    }
+
+    fn work(&self) {
+        loop {
+            let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+            let next = loop {
+                if let Some(job) = jobs.0.pop_front() {
+                    break job;
+                }
+                if jobs.1 {
+                    return;
+                }
+                jobs = self.wake.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+            };
+            drop(jobs);
+            let outcome = next.job.run();
+            next.core.post(CoreMessage::Offloaded {
+                slot: next.slot,
+                outcome,
+            });
+        }
+    }
+}
+
+/// What a reactor sees of this process.
+struct CoreSystem<B> {
+    ring: Ring,
+    own: Arc<CoreMailbox<B>>,
+    others: Vec<Arc<CoreMailbox<B>>>,
+    helpers: Arc<Helpers<B>>,
+    events: Arc<Mailbox<CoreEvent>>,
+    /// The watches of this core's queues, by token.
+    watches: Vec<Option<Watch>>,
+}
+
+struct Watch {
+    device: DeviceId,
+    index: QueueIdx,
+    kick: Arc<EventFd>,
+}
+
+impl<B: Backend> System<B> for CoreSystem<B> {
+    type Call = Arc<EventFd>;
+
+    fn interrupt(&mut self, call: &Arc<EventFd>) {
+        call.signal();
+    }
+
+    fn submit(&mut self, slot: u32, op: IoOp, iovecs: &[IoVec]) -> bool {
+        self.ring.push(slot, op, iovecs)
+    }
+
+    fn offload(&mut self, slot: u32, job: Job<B>) {
+        self.helpers.post(HelperJob {
+            slot,
+            job,
+            core: Arc::clone(&self.own),
+        });
+    }
+
+    fn report(&mut self, event: CoreEvent) {
+        if let CoreEvent::QueueStopped { device, index, .. } = &event {
+            self.unwatch(*device, *index);
+        }
+        self.events.post(event);
+    }
+
+    fn spread_interrupt(&mut self, device: DeviceId, unique: u64) {
+        for other in &self.others {
+            other.post(CoreMessage::Interrupt { device, unique });
+        }
+    }
+}
+
+impl<B: Backend> CoreSystem<B> {
+    fn watch(&mut self, device: DeviceId, index: QueueIdx, kick: Arc<EventFd>) {
+        let free = self.watches.iter().position(Option::is_none);
+        let token = free.unwrap_or_else(|| {
+            self.watches.push(None);
+            self.watches.len() - 1
+        });
+        if let Ok(number) = u32::try_from(token) {
+            self.ring.watch(kick.as_raw_fd(), number);
+        }
+        self.watches[token] = Some(Watch {
+            device,
+            index,
+            kick,
+        });
+    }
+
+    fn unwatch(&mut self, device: DeviceId, index: QueueIdx) {
+        let matches = |w: &Option<Watch>| {
+            w.as_ref()
+                .is_some_and(|w| w.device == device && w.index == index)
+        };
+        if let Some(token) = self.watches.iter().position(matches) {
+            self.watches[token] = None;
+            if let Ok(number) = u32::try_from(token) {
+                self.ring.unwatch(number);
+            }
+        }
+    }
+
+    /// A counter was signalled. Takes the count, and sets the watch again if the kernel has dropped it.
+    fn signalled(&mut self, token: u32, ended: bool) {
+        let fd = if token == MAILBOX_TOKEN {
+            self.own.drain();
+            self.own.as_raw_fd()
+        } else {
+            let Some(Some(watch)) = self.watches.get(token as usize) else {
+                return;
+            };
+            watch.kick.drain();
+            watch.kick.as_raw_fd()
+        };
+        if ended {
+            self.ring.watch(fd, token);
+        }
+    }
+}
+
+/// One core's thread.
+struct Core<B: Backend> {
+    reactor: Reactor<B, CoreSystem<B>>,
+    sys: CoreSystem<B>,
+    mode: PollMode,
+    completions: Vec<Completion>,
+}
+
+impl<B: Backend> Core<B> {
+    /// Serves until told to quit.
+    fn run(mut self) -> io::Result<()> {
+        self.sys.ring.watch(self.sys.own.as_raw_fd(), MAILBOX_TOKEN);
+        let mut idle_since: Option<Instant> = None;
+        let mut locks_tried = Instant::now();
+        loop {
+            let mut worked = false;
+            while let Some(message) = self.sys.own.take() {
+                worked = true;
+                if !self.handle(message) {
+                    return Ok(());
+                }
+            }
+            worked |= self.reactor.turn(&mut self.sys);
+            self.sys.ring.turn(|c| self.completions.push(c))?;
+            worked |= self.complete();
+            if self.reactor.has_waiting() && locks_tried.elapsed() >= LOCK_POLL {
+                self.reactor.poll_locks(&mut self.sys);
+                locks_tried = Instant::now();
+            }
+            if worked || self.reactor.has_unsubmitted() {
+                idle_since = None;
+                continue;
+            }
+            if self.may_sleep(&mut idle_since) {
+                self.sleep()?;
+            } else {
+                core::hint::spin_loop();
+            }
+        }
+    }
+
+    fn may_sleep(&self, idle_since: &mut Option<Instant>) -> bool {
+        match self.mode {
+            PollMode::Busy => false,
+            PollMode::Interrupt => true,
+            PollMode::Adaptive => idle_since.get_or_insert_with(Instant::now).elapsed() >= SPIN,
+        }
+    }
+
+    /// Sleeps until a driver, the kernel, a helper or the management thread has something.
+    fn sleep(&mut self) -> io::Result<()> {
+        if self.reactor.arm() && self.sys.own.prepare_sleep() {
+            let limit = self.reactor.has_waiting().then_some(LOCK_POLL);
+            self.sys.ring.sleep(limit, |c| self.completions.push(c))?;
+            self.sys.own.awake();
+        }
+        self.reactor.disarm();
+        self.complete();
+        Ok(())
+    }
+
+    /// Hands completions on.
+    fn complete(&mut self) -> bool {
+        let any = !self.completions.is_empty();
+        for completion in self.completions.drain(..) {
+            match completion {
+                Completion::Slot { slot, result } => {
+                    self.reactor.io_done(slot, result, &mut self.sys)
+                }
+                Completion::Watch { token, ended } => self.sys.signalled(token, ended),
+            }
+        }
+        any
+    }
+
+    /// Handles a message; `false` ends the core.
+    fn handle(&mut self, message: CoreMessage<B>) -> bool {
+        let Core { reactor, sys, .. } = self;
+        match message {
+            CoreMessage::Start(start, kick) => {
+                sys.watch(start.device, start.index, kick);
+                reactor.start(start, sys);
+            }
+            CoreMessage::Stop {
+                device,
+                index,
+                reset,
+            } => reactor.stop(device, index, reset, sys),
+            CoreMessage::SetCall {
+                device,
+                index,
+                call,
+            } => reactor.set_call(device, index, call, sys),
+            CoreMessage::SetMemory { device, map } => reactor.set_memory(device, map, sys),
+            CoreMessage::Offloaded { slot, outcome } => reactor.offload_done(slot, outcome, sys),
+            CoreMessage::Interrupt { device, unique } => {
+                reactor.interrupt_request(device, unique, sys)
+            }
+            CoreMessage::Quit => return false,
+        }
+        true
+    }
+}
+
+/// How the cores are set up.
+#[derive(Clone, Debug)]
+pub struct CoreOptions {
+    /// CPU numbers, one core each.
+    pub cpus: Vec<u32>,
+    /// When they sleep.
+    pub mode: PollMode,
+    /// Data buffers of each core.
+    pub buffers: u32,
+}
+
+/// What the management thread knows of a device's queues.
+struct DeviceEntry<B> {
+    shared: Arc<DeviceShared<B>>,
+    /// Cores that have still to put a new guest map into use.
+    maps_pending: usize,
+}
+
+/// All cores, in the hands of the management thread.
+pub struct CoreSet<B: Backend> {
+    mailboxes: Vec<Arc<CoreMailbox<B>>>,
+    events: Arc<Mailbox<CoreEvent>>,
+    local: std::collections::VecDeque<CoreEvent>,
+    helpers: Arc<Helpers<B>>,
+    threads: Vec<JoinHandle<()>>,
+    core_threads: usize,
+    devices: HashMap<DeviceId, DeviceEntry<B>>,
+    /// Which core serves a queue.
+    placed: HashMap<(DeviceId, QueueIdx), usize>,
+    /// Queues per core.
+    load: Vec<usize>,
+}
+
+/// Bytes that one core's slots and buffers take.
+pub fn core_memory(buffers: u32) -> usize {
+    Arena::room_for::<SlotBody>(SLOTS_PER_CORE) + Arena::room_for_pool(buffers)
+}
+
+impl<B: Backend> CoreSet<B> {
+    /// Starts the cores, whose memory comes from `arena`.
+    pub fn start(options: &CoreOptions, arena: &mut Arena) -> io::Result<CoreSet<B>> {
+        let count = options.cpus.len();
+        let mut mailboxes = Vec::with_capacity(count);
+        for _ in 0..count {
+            mailboxes.push(Arc::new(Mailbox::new(MAILBOX)?));
+        }
+        let events = Arc::new(Mailbox::new(MAILBOX)?);
+        let helpers = Arc::new(Helpers::new(count * SLOTS_PER_CORE as usize));
+        let mut threads = Vec::new();
+        for (number, &cpu) in options.cpus.iter().enumerate() {
+            let bodies = arena
+                .slab(SLOTS_PER_CORE, SlotBody::new)
+                .ok_or(io::ErrorKind::OutOfMemory)?;
+            let pool = arena
+                .pool(options.buffers)
+                .ok_or(io::ErrorKind::OutOfMemory)?;
+            let seed = CoreSeed {
+                number,
+                cpu,
+                mode: options.mode,
+                bodies,
+                pool,
+                own: Arc::clone(&mailboxes[number]),
+                others: others(&mailboxes, number),
+                helpers: Arc::clone(&helpers),
+                events: Arc::clone(&events),
+            };
+            threads.push(seed.spawn()?);
+        }
+        let core_threads = threads.len();
+        for number in 0..count * HELPERS_PER_CORE {
+            let helpers = Arc::clone(&helpers);
+            let builder = std::thread::Builder::new().name(format!("ferry-help-{number}"));
+            threads.push(builder.spawn(move || helpers.work())?);
+        }
+        Ok(CoreSet {
+            mailboxes,
+            events,
+            local: std::collections::VecDeque::new(),
+            helpers,
+            threads,
+            core_threads,
+            devices: HashMap::new(),
+            placed: HashMap::new(),
+            load: vec![0; count],
+        })
+    }
+
+    /// Makes a device known, before its queues are started.
+    pub fn attach(&mut self, device: DeviceId, shared: Arc<DeviceShared<B>>) {
+        self.devices.insert(
+            device,
+            DeviceEntry {
+                shared,
+                maps_pending: 0,
+            },
+        );
+    }
+
+    /// Forgets a device that has no queues any more.
+    pub fn detach(&mut self, device: DeviceId) {
+        self.devices.remove(&device);
+    }
+
+    /// What the cores share of a device.
+    pub fn shared(&self, device: DeviceId) -> Option<&Arc<DeviceShared<B>>> {
+        self.devices.get(&device).map(|d| &d.shared)
+    }
+
+    /// The management thread is about to sleep on [`CoreSet::event_fd`]; `false` when there are events.
+    pub fn prepare_sleep(&self) -> bool {
+        self.local.is_empty() && self.events.prepare_sleep()
+    }
+
+    /// The management thread is awake again.
+    pub fn awake(&self) {
+        self.events.awake();
+        self.events.drain();
+    }
+
+    /// Readable when a core has something to say to a sleeping management thread.
+    pub fn event_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+
+    /// The next thing that the cores have to say.
+    pub fn take_event(&mut self) -> Option<CoreEvent> {
+        loop {
+            let event = self.local.pop_front().or_else(|| self.events.take())?;
+            match &event {
+                CoreEvent::QueueStopped { device, index, .. } => {
+                    if let Some(core) = self.placed.remove(&(*device, *index)) {
+                        self.load[core] = self.load[core].saturating_sub(1);
+                    }
+                }
+                CoreEvent::MemoryReplaced { device } => {
+                    let Some(entry) = self.devices.get_mut(device) else {
+                        continue;
+                    };
+                    entry.maps_pending = entry.maps_pending.saturating_sub(1);
+                    if entry.maps_pending > 0 {
+                        continue;
+                    }
+                }
+                CoreEvent::QueueFailed { .. } | CoreEvent::Mounted { .. } => {}
+            }
+            return Some(event);
+        }
+    }
+
+    /// Ends all threads; the devices must be closed.
+    pub fn shut_down(mut self) {
+        for mailbox in &self.mailboxes {
+            mailbox.post(CoreMessage::Quit);
+        }
+        let helpers = self.threads.split_off(self.core_threads);
+        for thread in self.threads {
+            let _ = thread.join();
+        }
+        self.helpers.close();
+        for thread in helpers {
+            let _ = thread.join();
+        }
+    }
+
+    /// The core with the fewest queues.
+    fn pick_core(&self) -> usize {
+        self.load
+            .iter()
+            .enumerate()
+            .min_by_key(|&(_, load)| load)
+            .map_or(0, |(core, _)| core)
+    }
+
+    fn stop(&mut self, device: DeviceId, index: QueueIdx, reset: bool) {
+        match self.placed.get(&(device, index)) {
+            Some(&core) => self.mailboxes[core].post(CoreMessage::Stop {
+                device,
+                index,
+                reset,
+            }),
+            None => self.local.push_back(CoreEvent::QueueStopped {
+                device,
+                index,
+                state: QueueState::default(),
+            }),
+        }
+    }
+}
+
+fn others<B>(mailboxes: &[Arc<CoreMailbox<B>>], own: usize) -> Vec<Arc<CoreMailbox<B>>> {
+    mailboxes
+        .iter()
+        .enumerate()
+        .filter(|&(n, _)| n != own)
+        .map(|(_, m)| Arc::clone(m))
+        .collect()
+}
+
+impl<B: Backend> Cores for CoreSet<B> {
+    fn start_queue(&mut self, start: QueueStart) {
+        let (device, index) = (start.device, start.index);
+        let Some(entry) = self.devices.get(&device) else {
+            return;
+        };
+        let queue = match Queue::new(start.config, &start.map, start.inflight) {
+            Ok(queue) => queue,
+            Err(error) => {
+                tracing::warn!(device = device.0, queue = index.0, %error, "the driver's rings are unusable");
+                return self
+                    .local
+                    .push_back(CoreEvent::QueueFailed { device, index });
+            }
+        };
+        let core = self.pick_core();
+        self.load[core] += 1;
+        self.placed.insert((device, index), core);
+        let to_core = StartQueue {
+            device,
+            index,
+            kind: start.kind,
+            queue,
+            call: start.call,
+            shared: Arc::clone(&entry.shared),
+        };
+        self.mailboxes[core].post(CoreMessage::Start(to_core, start.kick));
+    }
+
+    fn stop_queue(&mut self, device: DeviceId, index: QueueIdx) {
+        self.stop(device, index, false);
+    }
+
+    fn reset_queue(&mut self, device: DeviceId, index: QueueIdx) {
+        self.stop(device, index, true);
+    }
+
+    fn set_call(&mut self, device: DeviceId, index: QueueIdx, call: Option<Arc<EventFd>>) {
+        if let Some(&core) = self.placed.get(&(device, index)) {
+            self.mailboxes[core].post(CoreMessage::SetCall {
+                device,
+                index,
+                call,
+            });
+        }
+    }
+
+    fn set_memory(&mut self, device: DeviceId, map: Arc<GuestMap>) {
+        let mut cores: Vec<usize> = self
+            .placed
+            .iter()
+            .filter(|((d, _), _)| *d == device)
+            .map(|(_, &core)| core)
+            .collect();
+        cores.sort_unstable();
+        cores.dedup();
+        let Some(entry) = self.devices.get_mut(&device) else {
+            return;
+        };
+        entry.maps_pending += cores.len().max(1);
+        if cores.is_empty() {
+            self.local.push_back(CoreEvent::MemoryReplaced { device });
+        }
+        for core in cores {
+            self.mailboxes[core].post(CoreMessage::SetMemory {
+                device,
+                map: Arc::clone(&map),
+            });
+        }
+    }
+
+    fn end_session(&mut self, device: DeviceId) {
+        let Some(entry) = self.devices.get(&device) else {
+            return;
+        };
+        let was_mounted = entry.shared.session.mounted();
+        if let Some(backend) = entry.shared.backend() {
+            backend.reset(&entry.shared.session);
+        }
+        if was_mounted {
+            self.local.push_back(CoreEvent::Mounted {
+                device,
+                mounted: false,
+            });
+        }
+    }
+}
+
+/// Everything that a core's thread is made of; the ring itself must be made on the thread.
+struct CoreSeed<B> {
+    number: usize,
+    cpu: u32,
+    mode: PollMode,
+    bodies: Slab<SlotBody>,
+    pool: DataPool,
+    own: Arc<CoreMailbox<B>>,
+    others: Vec<Arc<CoreMailbox<B>>>,
+    helpers: Arc<Helpers<B>>,
+    events: Arc<Mailbox<CoreEvent>>,
+}
+
+impl<B: Backend> CoreSeed<B> {
+    fn spawn(self) -> io::Result<JoinHandle<()>> {
+        let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
+        let builder = std::thread::Builder::new().name(format!("ferry-core-{}", self.number));
+        let thread = builder.spawn(move || {
+            let number = self.number;
+            match self.build() {
+                Ok(core) => {
+                    let _ = ready.send(Ok(()));
+                    if let Err(error) = core.run() {
+                        // A core that cannot use its ring any more has lost its guests' requests; restarting is the only cure.
+                        tracing::error!(core = number, %error, "io_uring failed; the data plane ends");
+                        std::process::abort();
+                    }
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        })?;
+        match is_ready.recv() {
+            Ok(Ok(())) => Ok(thread),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(io::Error::other("the core's thread ended while it started")),
+        }
+    }
+
+    fn build(self) -> io::Result<Core<B>> {
+        let mut set = CpuSet::new();
+        set.set(self.cpu as usize)?;
+        sched_setaffinity(Pid::from_raw(0), &set).map_err(|e| {
+            io::Error::other(format!(
+                "cannot pin core {} to CPU {}: {e}",
+                self.number, self.cpu
+            ))
+        })?;
+        let queues = ferry_shared::limits::MAX_QUEUES_PER_SERVICE as usize;
+        let ring =
+            Ring::new().map_err(|e| io::Error::other(format!("cannot create an io_uring: {e}")))?;
+        let sys = CoreSystem {
+            ring,
+            own: self.own,
+            others: self.others,
+            helpers: self.helpers,
+            events: self.events,
+            watches: Vec::with_capacity(queues),
+        };
+        Ok(Core {
+            reactor: Reactor::new(self.bodies, self.pool, queues),
+            sys,
+            mode: self.mode,
+            completions: Vec::with_capacity(2 * SLOTS_PER_CORE as usize + queues),
+        })
+    }
+}

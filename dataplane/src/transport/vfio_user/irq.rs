@@ -1,0 +1,217 @@
+//! Where a function's interrupts go: the event descriptors that the client has set.
+//!
+//! Owns the descriptors and the state of the pin. It must never decide which queue uses which vector: that is
+//! [`super::pci::PciFunction`], which calls it; `SET_IRQS` messages come from [`super::conn`].
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::wire::{IrqSet, irq, irq_flags, irq_set_flags};
+use crate::os::eventfd::EventFd;
+
+/// What a `SET_IRQS` has changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Changed {
+    /// MSI-X vectors go elsewhere.
+    pub(crate) vectors: bool,
+    /// The pin goes elsewhere, or may fire again.
+    pub(crate) pin: bool,
+}
+
+/// The event descriptors of one client.
+#[derive(Debug)]
+pub(crate) struct Interrupts {
+    vectors: Vec<Option<Arc<EventFd>>>,
+    pin: Option<EventFd>,
+    /// The pin has fired and waits for the client's unmask, or the client has masked it.
+    pin_masked: bool,
+    /// Error and release notifications: the client sets them, nothing here fires them.
+    errors: Option<EventFd>,
+    release: Option<EventFd>,
+}
+
+impl Interrupts {
+    pub(crate) fn new(vectors: u16) -> Interrupts {
+        Interrupts {
+            vectors: vec![None; vectors.into()],
+            pin: None,
+            pin_masked: false,
+            errors: None,
+            release: None,
+        }
+    }
+
+    /// Forgets every descriptor; the client is gone.
+    pub(crate) fn clear(&mut self) {
+        let Interrupts {
+            vectors,
+            pin,
+            pin_masked,
+            errors,
+            release,
+        } = self;
+        vectors.fill(None);
+        *pin = None;
+        *pin_masked = false;
+        *errors = None;
+        *release = None;
+    }
+
+    /// Properties and number of a kind of interrupt.
+    pub(crate) fn info(&self, index: u32) -> Option<(u32, u32)> {
+        let flags = match index {
+            irq::INTX => irq_flags::EVENTFD | irq_flags::MASKABLE | irq_flags::AUTOMASKED,
+            irq::MSI => irq_flags::EVENTFD | irq_flags::NORESIZE,
+            // Vectors can be added one by one, so MSI-X is not NORESIZE.
+            irq::MSIX | irq::ERR | irq::REQ => irq_flags::EVENTFD,
+            _ => return None,
+        };
+        Some((flags, self.count(index)))
+    }
+
+    fn count(&self, index: u32) -> u32 {
+        match index {
+            irq::INTX | irq::ERR | irq::REQ => 1,
+            irq::MSIX => u32::try_from(self.vectors.len()).unwrap_or(0),
+            _ => 0,
+        }
+    }
+
+    /// Whether the client takes interrupts on any vector.
+    pub(crate) fn any_vector(&self) -> bool {
+        self.vectors.iter().any(Option::is_some)
+    }
+
+    /// Where a vector goes.
+    pub(crate) fn vector(&self, vector: u16) -> Option<Arc<EventFd>> {
+        self.vectors.get(usize::from(vector)).cloned().flatten()
+    }
+
+    /// Fires the pin, once until the client unmasks it.
+    pub(crate) fn fire_pin(&mut self) {
+        if let Some(pin) = self.pin.as_ref().filter(|_| !self.pin_masked) {
+            pin.signal();
+            self.pin_masked = true;
+        }
+    }
+
+    /// Carries out a `SET_IRQS`. `data` is what followed the structure.
+    pub(crate) fn set(
+        &mut self,
+        set: &IrqSet,
+        data: &[u8],
+        fds: Vec<OwnedFd>,
+    ) -> Result<Changed, Errno> {
+        use irq_set_flags::*;
+        let (start, count) = (set.start, set.count);
+        if set.index >= irq::COUNT || set.flags & !(DATA_MASK | ACTION_KIND) != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let kind = set.flags & DATA_MASK;
+        let action = set.flags & ACTION_KIND;
+        if count == 0 {
+            // All interrupts of the kind go.
+            if kind != DATA_NONE || action != ACTION_TRIGGER || start != 0 {
+                return Err(Errno::EINVAL);
+            }
+            return self.assign(set.index, 0, self.count(set.index), Vec::new());
+        }
+        let end = start.checked_add(count).ok_or(Errno::EINVAL)?;
+        if end > self.count(set.index) {
+            return Err(Errno::EINVAL);
+        }
+        if kind == DATA_EVENTFD {
+            // Events when an interrupt is masked or unmasked are not offered: the client must send messages.
+            if action != ACTION_TRIGGER || !(fds.is_empty() || fds.len() == count as usize) {
+                return Err(Errno::EINVAL);
+            }
+            return self.assign(set.index, start, count, fds);
+        }
+        let chosen: Vec<u32> = match kind {
+            DATA_NONE => (start..end).collect(),
+            DATA_BOOL => {
+                let data = data.get(..count as usize).ok_or(Errno::EINVAL)?;
+                (start..end)
+                    .zip(data)
+                    .filter(|c| *c.1 != 0)
+                    .map(|c| c.0)
+                    .collect()
+            }
+            _ => return Err(Errno::EINVAL),
+        };
+        self.act(set.index, action, &chosen)
+    }
+
+    /// Sets where a range goes; no descriptors: nowhere.
+    fn assign(
+        &mut self,
+        index: u32,
+        start: u32,
+        count: u32,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Changed, Errno> {
+        let mut new = fds
+            .into_iter()
+            .map(EventFd::from_peer)
+            .collect::<Result<Vec<_>, _>>()?
+            .into_iter();
+        let mut changed = Changed::default();
+        match index {
+            irq::INTX => {
+                self.pin = new.next();
+                self.pin_masked = false;
+                changed.pin = true;
+            }
+            irq::MSIX => {
+                let range = self
+                    .vectors
+                    .iter_mut()
+                    .skip(start as usize)
+                    .take(count as usize);
+                for slot in range {
+                    *slot = new.next().map(Arc::new);
+                }
+                changed.vectors = true;
+            }
+            irq::ERR => self.errors = new.next(),
+            irq::REQ => self.release = new.next(),
+            _ => {}
+        }
+        Ok(changed)
+    }
+
+    /// Fires, masks or unmasks the chosen interrupts of a kind.
+    fn act(&mut self, index: u32, action: u32, chosen: &[u32]) -> Result<Changed, Errno> {
+        use irq_set_flags::{ACTION_MASK, ACTION_TRIGGER, ACTION_UNMASK};
+        let mut changed = Changed::default();
+        match (index, action) {
+            (irq::INTX, ACTION_MASK) => self.pin_masked |= !chosen.is_empty(),
+            (irq::INTX, ACTION_UNMASK) => {
+                self.pin_masked &= chosen.is_empty();
+                changed.pin = true;
+            }
+            (_, ACTION_TRIGGER) => {
+                for &n in chosen {
+                    match index {
+                        irq::MSIX => self
+                            .vectors
+                            .get(n as usize)
+                            .into_iter()
+                            .flatten()
+                            .for_each(|v| v.signal()),
+                        irq::INTX => self.fire_pin(),
+                        irq::ERR => self.errors.iter().for_each(EventFd::signal),
+                        _ => self.release.iter().for_each(EventFd::signal),
+                    }
+                }
+            }
+            _ => return Err(Errno::EINVAL),
+        }
+        Ok(changed)
+    }
+}
+
+#[cfg(test)]
+mod tests;

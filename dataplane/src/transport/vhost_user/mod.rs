@@ -1,0 +1,3 @@
+//! The vhost-user transport: a device behind a socket that a VMM connects to.
+
+pub mod wire;

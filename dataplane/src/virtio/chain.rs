@@ -1,0 +1,267 @@
+//! The buffers of one request: what the descriptors named, checked, and where it is in this process.
+//!
+//! A chain lives in a request's slot and is used again and again; it allocates when it is made and never after that. Only
+//! the ring code fills it. It never reads guest memory itself.
+// UNSAFETY: `Segments` are made from pieces that this module translated with the map that it is given again.
+#![expect(
+    unsafe_code,
+    reason = "hands translated pieces to `Segments`, after checking that they came from the caller's map"
+)]
+
+use alloc::boxed::Box;
+use alloc::vec;
+use core::ptr::NonNull;
+
+use ferry_shared::limits::MAX_CHAIN;
+
+use super::queue::QueueError;
+use super::spec::DESC_SIZE;
+use crate::mem::{Fault, GuestMap, IoVec, Iova, Segments, copy_in};
+
+/// Most pieces that a chain has: one per descriptor, and some for descriptors that cross the boundary of two regions.
+pub const MAX_PIECES: usize = MAX_CHAIN + 64;
+
+/// One buffer as a descriptor names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// First guest address.
+    pub iova: Iova,
+    /// Length in bytes.
+    pub len: u32,
+}
+
+/// Why a request's buffers cannot be used as they are. It fails the request, not the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainFault {
+    /// A buffer, or the table that should name it, is not in guest memory.
+    #[error(transparent)]
+    Memory(#[from] Fault),
+    /// The buffers cross the boundaries of memory regions too often.
+    #[error("the buffers of the request lie in more than {MAX_PIECES} pieces")]
+    TooManyPieces,
+}
+
+/// The buffers of one request.
+#[derive(Debug)]
+pub struct Chain {
+    ranges: Box<[Range]>,
+    pieces: Box<[IoVec]>,
+    /// Ranges in use, and how many of them, from the first, are readable.
+    ranges_len: usize,
+    ranges_readable: usize,
+    /// The same for the pieces.
+    pieces_len: usize,
+    pieces_readable: usize,
+    /// Sum of the lengths.
+    total: u32,
+    /// The map that the pieces were translated by.
+    map: u64,
+}
+
+impl Default for Chain {
+    fn default() -> Chain {
+        Chain::new()
+    }
+}
+
+impl Chain {
+    /// An empty chain with room for the longest one.
+    pub fn new() -> Chain {
+        let none = Range {
+            iova: Iova(0),
+            len: 0,
+        };
+        Chain {
+            ranges: vec![none; MAX_CHAIN].into_boxed_slice(),
+            pieces: vec![IoVec::EMPTY; MAX_PIECES].into_boxed_slice(),
+            ranges_len: 0,
+            ranges_readable: 0,
+            pieces_len: 0,
+            pieces_readable: 0,
+            total: 0,
+            map: 0,
+        }
+    }
+
+    /// Forgets the request.
+    pub fn reset(&mut self) {
+        let Chain {
+            ranges: _,
+            pieces: _,
+            ranges_len,
+            ranges_readable,
+            pieces_len,
+            pieces_readable,
+            total,
+            map,
+        } = self;
+        *ranges_len = 0;
+        *ranges_readable = 0;
+        *pieces_len = 0;
+        *pieces_readable = 0;
+        *total = 0;
+        *map = 0;
+    }
+
+    /// What the device may read. `map` must be the one that translated the chain, that is the queue's map when it was
+    /// popped or the one given to [`retranslate`](Self::retranslate); with another one the result is empty.
+    pub fn readable<'a>(&'a self, map: &'a GuestMap) -> Segments<'a> {
+        let pieces = self.pieces.get(..self.pieces_readable).unwrap_or(&[]);
+        self.segments(pieces, map)
+    }
+
+    /// What the device may write; see [`readable`](Self::readable).
+    pub fn writable<'a>(&'a self, map: &'a GuestMap) -> Segments<'a> {
+        let pieces = self
+            .pieces
+            .get(self.pieces_readable..self.pieces_len)
+            .unwrap_or(&[]);
+        self.segments(pieces, map)
+    }
+
+    fn segments<'a>(&'a self, pieces: &'a [IoVec], map: &'a GuestMap) -> Segments<'a> {
+        if map.id() != self.map {
+            return Segments::empty();
+        }
+        // SAFETY: the ids are equal, so `map` is the one that `translate` took the pieces from, those after
+        // `pieces_readable` with write access; it is borrowed for 'a.
+        unsafe { Segments::new(pieces) }
+    }
+
+    /// What the descriptors named, readable ones first, and how many those are.
+    pub fn ranges(&self) -> (&[Range], usize) {
+        let ranges = self.ranges.get(..self.ranges_len).unwrap_or(&[]);
+        (ranges, self.ranges_readable)
+    }
+
+    /// Translates again, after guest memory has changed. On a fault the chain keeps what comes before it.
+    pub fn retranslate(&mut self, map: &GuestMap) -> Result<(), ChainFault> {
+        self.translate(map).map_or(Ok(()), Err)
+    }
+
+    /// Adds a descriptor's buffer.
+    pub(super) fn push(&mut self, range: Range, write: bool) -> Result<(), QueueError> {
+        let slot = self
+            .ranges
+            .get_mut(self.ranges_len)
+            .ok_or(QueueError::ChainTooLong)?;
+        let total = self
+            .total
+            .checked_add(range.len)
+            .ok_or(QueueError::ChainTooLarge)?;
+        if !write && self.ranges_readable != self.ranges_len {
+            return Err(QueueError::ReadableAfterWritable);
+        }
+        *slot = range;
+        self.total = total;
+        self.ranges_len = self.ranges_len.saturating_add(1);
+        if !write {
+            self.ranges_readable = self.ranges_len;
+        }
+        Ok(())
+    }
+
+    /// Finds the pieces behind the ranges. Both halves are tried, so that an error reply can be written when a readable
+    /// buffer is bad; the first fault is returned.
+    pub(super) fn translate(&mut self, map: &GuestMap) -> Option<ChainFault> {
+        self.pieces_len = 0;
+        self.map = map.id();
+        let first = self.translate_half(map, 0, self.ranges_readable, false);
+        self.pieces_readable = self.pieces_len;
+        let second = self.translate_half(map, self.ranges_readable, self.ranges_len, true);
+        first.err().or(second.err())
+    }
+
+    fn translate_half(
+        &mut self,
+        map: &GuestMap,
+        from: usize,
+        to: usize,
+        write: bool,
+    ) -> Result<(), ChainFault> {
+        // The piece under construction: neighbours in this process become one, which keeps the kernel's iovecs short.
+        let mut last: Option<(NonNull<u8>, usize)> = None;
+        for range in self.ranges.get(from..to).unwrap_or(&[]) {
+            let mut at = range.iova;
+            let mut left = u64::from(range.len);
+            while left > 0 {
+                let (host, n) = map.translate_some(at, left, write)?;
+                let (base, len) = match last {
+                    Some((base, len)) if base.as_ptr().wrapping_add(len) == host.as_ptr() => {
+                        self.pieces_len = self.pieces_len.saturating_sub(1);
+                        (base, len.saturating_add(n as usize))
+                    }
+                    _ => (host, n as usize),
+                };
+                let slot = self
+                    .pieces
+                    .get_mut(self.pieces_len)
+                    .ok_or(ChainFault::TooManyPieces)?;
+                *slot = IoVec::new(base, len);
+                self.pieces_len = self.pieces_len.saturating_add(1);
+                last = Some((base, len));
+                left = left.saturating_sub(n);
+                if left > 0 {
+                    at = at.checked_add(n).ok_or(Fault::Unmapped {
+                        iova: at.0,
+                        len: left,
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A table of descriptors in guest memory that an indirect descriptor names.
+pub(super) struct IndirectTable<'m> {
+    map: &'m GuestMap,
+    iova: Iova,
+    entries: u32,
+    /// Where it is, when it lies in one region.
+    host: Option<NonNull<u8>>,
+}
+
+impl<'m> IndirectTable<'m> {
+    /// Checks what the descriptor says about the table.
+    pub(super) fn new(map: &'m GuestMap, range: Range) -> Result<IndirectTable<'m>, QueueError> {
+        if range.len == 0 || !(range.len as usize).is_multiple_of(DESC_SIZE) {
+            return Err(QueueError::IndirectLength { len: range.len });
+        }
+        let host = map.translate(range.iova, u64::from(range.len), 1, false);
+        Ok(IndirectTable {
+            map,
+            iova: range.iova,
+            entries: (range.len as usize / DESC_SIZE) as u32,
+            host: host.ok(),
+        })
+    }
+
+    pub(super) fn entries(&self) -> u32 {
+        self.entries
+    }
+
+    /// Copies one descriptor in.
+    pub(super) fn read(&self, index: u32) -> Result<[u8; DESC_SIZE], Fault> {
+        let mut out = [0; DESC_SIZE];
+        let offset = u64::from(index).saturating_mul(DESC_SIZE as u64);
+        let outside = Fault::Unmapped {
+            iova: self.iova.0,
+            len: offset,
+        };
+        if index >= self.entries {
+            return Err(outside);
+        }
+        match self.host {
+            Some(host) => {
+                let host = NonNull::new(host.as_ptr().wrapping_add(offset as usize));
+                copy_in(host.ok_or(outside)?, &mut out);
+            }
+            None => {
+                let iova = self.iova.checked_add(offset).ok_or(outside)?;
+                self.map.read(iova, &mut out)?;
+            }
+        }
+        Ok(out)
+    }
+}
