@@ -152,7 +152,7 @@ impl App {
                 .strip_prefix(*subsystem)
                 .is_some_and(|rest| rest.starts_with('_'))
         };
-        allowed && !self.disabled.borrow().iter().any(|subsystem| of(subsystem))
+        allowed && !self.disabled.borrow().iter().any(of)
     }
 
     /// Whether a method may be called in the present state.
@@ -225,7 +225,7 @@ impl App {
             return Ok(());
         };
         let outcome = self.send(ticket.command.clone()).await;
-        self.model_mut().finish(ticket, outcome.is_ok());
+        self.model_mut().finish(*ticket, outcome.is_ok());
         outcome.map(drop)
     }
 

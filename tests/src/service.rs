@@ -228,6 +228,16 @@ impl Reply {
         }
     }
 
+    /// The error member of the response, where the tool printed one.
+    #[must_use]
+    pub fn error(&self) -> Option<Value> {
+        let (_, after) = self.err.split_once("response:")?;
+        serde_json::Deserializer::from_str(after)
+            .into_iter()
+            .next()?
+            .ok()
+    }
+
     /// The result as JSON; what is not JSON is a plain string, as the guide's tool prints strings.
     #[must_use]
     pub fn json(&self) -> Value {

@@ -1,5 +1,7 @@
 //! The link to the data plane: what carries commands, and the task that keeps it up.
 
+#[cfg(test)]
+pub(crate) mod fake;
 mod ring;
 
 use core::convert::Infallible;
