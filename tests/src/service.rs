@@ -6,6 +6,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::env;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -35,6 +37,14 @@ pub fn binary(name: &str) -> Result<PathBuf> {
             path.display()
         );
     }
+    Ok(path)
+}
+
+/// A directory in which the unprivileged control plane may create its socket.
+fn open_directory(dir: &TempDir) -> Result<PathBuf> {
+    let path = dir.make_dir("rpc");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o1777))
+        .context("open the socket's directory to everyone")?;
     Ok(path)
 }
 
@@ -84,7 +94,7 @@ impl Service {
             binary(name)?;
         }
         let dir = TempDir::new();
-        let rpc_socket = dir.join("rpc.sock");
+        let rpc_socket = open_directory(&dir)?.join("rpc.sock");
         let mut command = Command::new(binary("ferry")?);
         command
             .arg("up")
@@ -128,11 +138,8 @@ impl Service {
     /// When the tool cannot be run.
     pub fn rpc_script(&self, script: &str) -> Result<Reply> {
         let file = self.dir.join("script.conf");
-        std::fs::write(&file, script)?;
-        let output = self
-            .rpc_command()?
-            .stdin(std::fs::File::open(&file)?)
-            .output();
+        fs::write(&file, script)?;
+        let output = self.rpc_command()?.stdin(fs::File::open(&file)?).output();
         Ok(Reply::new(&output.context("run ferry rpc")?))
     }
 
@@ -226,6 +233,16 @@ impl Reply {
             out: text(&output.stdout),
             err: text(&output.stderr),
         }
+    }
+
+    /// The error member of the response, where the tool printed one.
+    #[must_use]
+    pub fn error(&self) -> Option<Value> {
+        let (_, after) = self.err.split_once("response:")?;
+        serde_json::Deserializer::from_str(after)
+            .into_iter()
+            .next()?
+            .ok()
     }
 
     /// The result as JSON; what is not JSON is a plain string, as the guide's tool prints strings.

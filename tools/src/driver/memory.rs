@@ -130,6 +130,15 @@ impl DmaMemory {
         }
     }
 
+    /// All of it, allocated or not.
+    #[cfg(test)]
+    pub(super) fn whole(&self) -> DmaSlice {
+        DmaSlice {
+            offset: 0,
+            len: self.len,
+        }
+    }
+
     /// Length of the whole memory in bytes.
     pub fn size(&self) -> usize {
         self.len

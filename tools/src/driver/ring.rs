@@ -7,18 +7,17 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use ferry_dataplane::virtio::spec::{
+    AVAIL_F_NO_INTERRUPT, DESC_SIZE, Desc, DescFlags, USED_F_NO_NOTIFY, UsedElem,
+};
+use zerocopy::{FromZeros, IntoBytes};
+
 use super::memory::{DmaMemory, DmaSlice};
 
 #[cfg(test)]
 mod tests;
 
-const DESC_F_NEXT: u16 = 1;
-const DESC_F_WRITE: u16 = 2;
-const DESC_F_INDIRECT: u16 = 4;
-const AVAIL_F_NO_INTERRUPT: u16 = 1;
-const USED_F_NO_NOTIFY: u16 = 1;
-const DESC_LEN: usize = 16;
-const USED_ELEM_LEN: usize = 8;
+const USED_ELEM_SIZE: usize = size_of::<UsedElem>();
 /// Offset of the first entry in the available and in the used ring.
 const RING_START: usize = 4;
 /// Offset of the index in both.
@@ -28,11 +27,11 @@ pub const MAX_PIECES: usize = 16;
 
 /// What the driver and the device agreed on that concerns rings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RingFeatures {
+pub(super) struct RingFeatures {
     /// `VIRTIO_F_EVENT_IDX`.
-    pub event_idx: bool,
+    pub(super) event_idx: bool,
     /// `VIRTIO_F_INDIRECT_DESC`: a request of several pieces takes one descriptor.
-    pub indirect: bool,
+    pub(super) indirect: bool,
 }
 
 /// Why a request did not go into the ring.
@@ -73,7 +72,7 @@ pub enum RingError {
 /// One finished request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// What [`SplitRing::submit`] was given for it.
+    /// What [`super::Queue::submit`] was given for it.
     pub cookie: u64,
     /// Bytes that the device wrote to its writable pieces.
     pub len: u32,
@@ -90,18 +89,18 @@ struct InFlight {
 
 /// Where the parts of a ring are.
 #[derive(Clone, Copy, Debug)]
-pub struct RingAreas {
+pub(super) struct RingAreas {
     /// The descriptor table.
-    pub desc: DmaSlice,
+    pub(super) desc: DmaSlice,
     /// The available ring.
-    pub avail: DmaSlice,
+    pub(super) avail: DmaSlice,
     /// The used ring.
-    pub used: DmaSlice,
+    pub(super) used: DmaSlice,
 }
 
 /// The driver's side of a split ring.
 #[derive(Debug)]
-pub struct SplitRing {
+pub(super) struct SplitRing {
     memory: Arc<DmaMemory>,
     areas: RingAreas,
     /// One table of [`MAX_PIECES`] for each descriptor, if indirect descriptors are used.
@@ -127,22 +126,30 @@ pub struct SplitRing {
 
 impl SplitRing {
     /// Bytes of memory that [`SplitRing::new`] takes at most, alignment included.
-    pub fn memory_needed(size: u16, indirect: bool) -> usize {
+    pub(super) fn memory_needed(size: u16, indirect: bool) -> usize {
         let size = usize::from(size);
-        let tables = if indirect { size * MAX_PIECES * DESC_LEN } else { 0 };
-        size * (DESC_LEN + 2 + USED_ELEM_LEN) + 2 * (RING_START + 2) + tables + 4 * 64
+        let tables = if indirect {
+            size * MAX_PIECES * DESC_SIZE
+        } else {
+            0
+        };
+        size * (DESC_SIZE + 2 + USED_ELEM_SIZE) + 2 * (RING_START + 2) + tables + 4 * 64
     }
 
     /// A new ring, empty, with interrupts off. `size` is a power of two; `None` when the memory is too small.
-    pub fn new(memory: Arc<DmaMemory>, size: u16, features: RingFeatures) -> Option<SplitRing> {
+    pub(super) fn new(
+        memory: Arc<DmaMemory>,
+        size: u16,
+        features: RingFeatures,
+    ) -> Option<SplitRing> {
         let n = usize::from(size);
         let areas = RingAreas {
-            desc: memory.alloc(n * DESC_LEN, 64)?,
+            desc: memory.alloc(n * DESC_SIZE, 64)?,
             avail: memory.alloc(RING_START + 2 * n + 2, 64)?,
-            used: memory.alloc(RING_START + USED_ELEM_LEN * n + 2, 64)?,
+            used: memory.alloc(RING_START + USED_ELEM_SIZE * n + 2, 64)?,
         };
         let tables = match features.indirect {
-            true => Some(memory.alloc(n * MAX_PIECES * DESC_LEN, 64)?),
+            true => Some(memory.alloc(n * MAX_PIECES * DESC_SIZE, 64)?),
             false => None,
         };
         let mut ring = SplitRing {
@@ -167,22 +174,22 @@ impl SplitRing {
     }
 
     /// Where its parts are, to tell the device.
-    pub fn areas(&self) -> RingAreas {
+    pub(super) fn areas(&self) -> RingAreas {
         self.areas
     }
 
     /// Number of descriptors.
-    pub fn size(&self) -> u16 {
+    pub(super) fn size(&self) -> u16 {
         self.size
     }
 
     /// Requests that have been submitted and not yet taken back.
-    pub fn in_flight(&self) -> u16 {
+    pub(super) fn in_flight(&self) -> u16 {
         self.requests
     }
 
     /// How many requests of `pieces` pieces fit an empty ring.
-    pub fn depth(&self, pieces: u16) -> u16 {
+    pub(super) fn depth(&self, pieces: u16) -> u16 {
         match self.tables {
             Some(_) => self.size,
             None => self.size / pieces.max(1),
@@ -190,7 +197,7 @@ impl SplitRing {
     }
 
     /// Puts a request into the ring, its readable pieces first. The device does not see it before [`SplitRing::publish`].
-    pub fn submit(
+    pub(super) fn submit(
         &mut self,
         readable: &[DmaSlice],
         writable: &[DmaSlice],
@@ -225,14 +232,14 @@ impl SplitRing {
     }
 
     /// Shows the device what has been submitted.
-    pub fn publish(&mut self) {
+    pub(super) fn publish(&mut self) {
         // Release: the descriptors and the entries are written before the index that makes them valid.
         self.avail(RING_IDX)
             .store(self.avail_idx, Ordering::Release);
     }
 
     /// Whether the device wants to be told of what was published since the last call.
-    pub fn needs_kick(&mut self) -> bool {
+    pub(super) fn needs_kick(&mut self) -> bool {
         let old = std::mem::replace(&mut self.notified_idx, self.avail_idx);
         let new = self.avail_idx;
         if old == new {
@@ -241,7 +248,7 @@ impl SplitRing {
         // Pairs with the device's barrier between writing its wish and looking at the available index once more.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let at = RING_START + USED_ELEM_LEN * usize::from(self.size);
+            let at = RING_START + USED_ELEM_SIZE * usize::from(self.size);
             need_event(self.used(at).load(Ordering::Relaxed), new, old)
         } else {
             self.used(0).load(Ordering::Relaxed) & USED_F_NO_NOTIFY == 0
@@ -249,17 +256,17 @@ impl SplitRing {
     }
 
     /// Takes the next finished request.
-    pub fn pop(&mut self) -> Result<Option<Completion>, RingError> {
+    pub(super) fn pop(&mut self) -> Result<Option<Completion>, RingError> {
         if self.used_idx == self.used_seen && !self.look()? {
             return Ok(None);
         }
-        let at = RING_START + USED_ELEM_LEN * usize::from(self.used_idx % self.size);
-        let mut elem = [0u8; USED_ELEM_LEN];
-        self.memory
-            .read(self.areas.used.part(at, USED_ELEM_LEN), &mut elem);
-        let [a, b, c, d, e, f, g, h] = elem;
-        let id = u32::from_le_bytes([a, b, c, d]);
-        let len = u32::from_le_bytes([e, f, g, h]);
+        let at = RING_START + USED_ELEM_SIZE * usize::from(self.used_idx % self.size);
+        let mut elem = UsedElem::new_zeroed();
+        self.memory.read(
+            self.areas.used.part(at, USED_ELEM_SIZE),
+            elem.as_mut_bytes(),
+        );
+        let (id, len) = (elem.id.get(), elem.len.get());
         let head = usize::try_from(id).unwrap_or(usize::MAX);
         let request = match self.in_flight.get_mut(head) {
             Some(slot) if slot.descriptors > 0 => std::mem::take(slot),
@@ -281,7 +288,7 @@ impl SplitRing {
     }
 
     /// Asks the device for an interrupt at the next completion. True: there is one already, and no interrupt may come.
-    pub fn enable_interrupts(&mut self) -> bool {
+    pub(super) fn enable_interrupts(&mut self) -> bool {
         self.interrupts = true;
         if self.event_idx {
             let at = RING_START + 2 * usize::from(self.size);
@@ -295,7 +302,7 @@ impl SplitRing {
     }
 
     /// Tells the device that completions will be found without interrupts. One may still come.
-    pub fn disable_interrupts(&mut self) {
+    pub(super) fn disable_interrupts(&mut self) {
         if !std::mem::replace(&mut self.interrupts, false) {
             return;
         }
@@ -305,8 +312,7 @@ impl SplitRing {
             self.avail(at)
                 .store(self.used_idx.wrapping_sub(1), Ordering::Relaxed);
         } else {
-            self.avail(0)
-                .store(AVAIL_F_NO_INTERRUPT, Ordering::Relaxed);
+            self.avail(0).store(AVAIL_F_NO_INTERRUPT, Ordering::Relaxed);
         }
     }
 
@@ -334,16 +340,17 @@ impl SplitRing {
         writable: &[DmaSlice],
     ) -> u16 {
         let pieces = readable.len() + writable.len();
-        let bytes = MAX_PIECES * DESC_LEN;
-        let table = tables.part(usize::from(head) * bytes, pieces * DESC_LEN);
+        let bytes = MAX_PIECES * DESC_SIZE;
+        let table = tables.part(usize::from(head) * bytes, pieces * DESC_SIZE);
         for (i, (piece, write)) in in_order(readable, writable).enumerate() {
             let more = i + 1 < pieces;
-            let flags = if write { DESC_F_WRITE } else { 0 } | if more { DESC_F_NEXT } else { 0 };
-            let next = if more { i as u16 + 1 } else { 0 };
-            let desc = descriptor(self.memory.iova(piece), piece.len(), flags, next);
-            self.memory.write(table.part(i * DESC_LEN, DESC_LEN), &desc);
+            let next = more.then_some(i as u16 + 1);
+            let desc = self.descriptor(piece, write, next);
+            self.memory
+                .write(table.part(i * DESC_SIZE, DESC_SIZE), desc.as_bytes());
         }
-        let desc = descriptor(self.memory.iova(table), table.len(), DESC_F_INDIRECT, 0);
+        let mut desc = self.descriptor(table, false, None);
+        desc.flags = DescFlags::INDIRECT.bits().into();
         self.write_desc(head, &desc);
         head
     }
@@ -356,9 +363,7 @@ impl SplitRing {
         for (i, (piece, write)) in in_order(readable, writable).enumerate() {
             let more = i + 1 < pieces;
             let next = self.next[usize::from(at)];
-            let flags = if write { DESC_F_WRITE } else { 0 } | if more { DESC_F_NEXT } else { 0 };
-            let link = if more { next } else { 0 };
-            let desc = descriptor(self.memory.iova(piece), piece.len(), flags, link);
+            let desc = self.descriptor(piece, write, more.then_some(next));
             self.write_desc(at, &desc);
             last = at;
             at = next;
@@ -366,9 +371,22 @@ impl SplitRing {
         last
     }
 
-    fn write_desc(&self, index: u16, desc: &[u8; DESC_LEN]) {
-        let at = usize::from(index) * DESC_LEN;
-        self.memory.write(self.areas.desc.part(at, DESC_LEN), desc);
+    fn descriptor(&self, piece: DmaSlice, write: bool, next: Option<u16>) -> Desc {
+        let mut flags = DescFlags::empty();
+        flags.set(DescFlags::WRITE, write);
+        flags.set(DescFlags::NEXT, next.is_some());
+        Desc {
+            addr: self.memory.iova(piece).into(),
+            len: (piece.len() as u32).into(),
+            flags: flags.bits().into(),
+            next: next.unwrap_or(0).into(),
+        }
+    }
+
+    fn write_desc(&self, index: u16, desc: &Desc) {
+        let at = usize::from(index) * DESC_SIZE;
+        self.memory
+            .write(self.areas.desc.part(at, DESC_SIZE), desc.as_bytes());
     }
 
     /// Gives the `n` descriptors of a chain back to the free list.
@@ -403,13 +421,4 @@ fn in_order<'a>(
 ) -> impl Iterator<Item = (DmaSlice, bool)> + use<'a> {
     let readable = readable.iter().map(|&piece| (piece, false));
     readable.chain(writable.iter().map(|&piece| (piece, true)))
-}
-
-fn descriptor(addr: u64, len: usize, flags: u16, next: u16) -> [u8; DESC_LEN] {
-    let mut desc = [0; DESC_LEN];
-    desc[..8].copy_from_slice(&addr.to_le_bytes());
-    desc[8..12].copy_from_slice(&(len as u32).to_le_bytes());
-    desc[12..14].copy_from_slice(&flags.to_le_bytes());
-    desc[14..].copy_from_slice(&next.to_le_bytes());
-    desc
 }

@@ -1,6 +1,8 @@
 //! Emulated PCIe functions behind vfio-user sockets.
 //!
-//! [`wire`] is the protocol as bytes, without any logic. `config` holds a function's configuration space.
+//! [`wire`] is the protocol as bytes, without any logic. `frame` and `handshake` make messages of it; `dma` and `irq` hold what
+//! the client has handed over. `config` and `common` lay out the function's registers, and `pci` is
+//! the function.
 
 mod common;
 mod config;
@@ -8,4 +10,5 @@ mod dma;
 mod frame;
 mod handshake;
 mod irq;
+mod pci;
 pub mod wire;
