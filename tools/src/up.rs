@@ -111,6 +111,15 @@ impl Supervisor {
     fn new(args: &Args) -> anyhow::Result<Supervisor> {
         let user = control_user(args)?;
         let (run_dir, rpc) = (args.run_dir(), args.rpc_socket());
+        if let Some(user) = user
+            .as_ref()
+            .filter(|user| !reach::searchable_by(&run_dir, user))
+        {
+            let (name, dir) = (&user.name, run_dir.display());
+            bail!(
+                "user {name} cannot reach run directory {dir}; choose another --run-dir or --control-user"
+            );
+        }
         let dataplane = Launch {
             program: program("ferry-dataplane")?,
             args: args.for_dataplane(user.as_ref().map(|user| user.uid.as_raw())),

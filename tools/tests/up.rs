@@ -43,9 +43,12 @@ impl Service {
         let mut child = Command::new(&ferry)
             .current_dir(&dir)
             .arg("up")
+            .args(if args.contains(&"--run-dir") {
+                vec![]
+            } else {
+                vec!["--run-dir".into(), dir.join("run")]
+            })
             .args(args)
-            .arg("--run-dir")
-            .arg(dir.join("run"))
             .arg("--rpc-socket")
             .arg(dir.join("rpc.sock"))
             .env_remove("APP_ARGS")
@@ -248,6 +251,25 @@ fn root_starts_the_control_plane_as_nobody_who_can_still_read_its_script() {
     service.ready();
     service.signal(Signal::SIGTERM);
     assert_eq!(service.end().0, Some(0));
+}
+
+#[test]
+fn a_run_directory_that_the_control_plane_cannot_reach_is_refused() {
+    if !geteuid().is_root() {
+        assert!(
+            std::env::var_os("REQUIRE_ALL").is_none(),
+            "this test needs root"
+        );
+        eprintln!("SKIP a run directory out of reach: needs root");
+        return;
+    }
+    let mut service = Service::start("reach", &["--run-dir", "secret/run"], &[]);
+    let (code, messages) = service.end();
+    assert_eq!(code, Some(1));
+    assert!(
+        messages[0].contains("user nobody cannot reach run directory secret/run"),
+        "{messages:?}"
+    );
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::{Gid, Uid, User, setfsgid, setfsuid};
+use nix::unistd::{User, setfsgid, setfsuid};
 
 /// How a process gets at a file.
 #[derive(Debug)]
@@ -44,11 +44,21 @@ impl Reach {
     }
 }
 
-/// Whether `user` can open the file by its path. Only this thread changes its identity, and only for the one call.
+/// Whether `user` can look into a directory, or into the place where it will be created.
+pub(super) fn searchable_by(dir: &Path, user: &User) -> bool {
+    let place = dir.ancestors().find(|place| place.exists());
+    place.is_none_or(|place| acting_as(user, || place.join(".").metadata()).is_ok())
+}
+
 fn readable_by(path: &Path, user: &User) -> bool {
+    acting_as(user, || File::open(path)).is_ok()
+}
+
+/// Makes one call that the kernel judges by `user`'s rights. Only this thread changes its identity.
+fn acting_as<T>(user: &User, call: impl FnOnce() -> T) -> T {
     let (gid, uid) = (setfsgid(user.gid), setfsuid(user.uid));
-    let opened = File::open(path);
-    setfsuid(Uid::from_raw(uid.as_raw()));
-    setfsgid(Gid::from_raw(gid.as_raw()));
-    opened.is_ok()
+    let outcome = call();
+    setfsuid(uid);
+    setfsgid(gid);
+    outcome
 }
