@@ -48,8 +48,11 @@ fn interrupt_at(line: &str) -> Result<()> {
     let dir = TempDir::new();
     let temporary = dir.make_dir("tmp");
     let mark = format!("TMPDIR={}", temporary.display());
-    let mut command = Command::new(repository().join("tools/quickstart"));
+    // a shell that was started with the signal ignored, as background jobs are, could not catch it
+    let mut command = Command::new("env");
     command
+        .arg("--default-signal=INT")
+        .arg(repository().join("tools/quickstart"))
         .arg(dir.make_dir("export"))
         .env("TMPDIR", &temporary)
         .current_dir(dir.path());
