@@ -1,2 +1,181 @@
 //! The control plane process.
-fn main() {}
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use anyhow::Context;
+use clap::Parser;
+use ferry_controlplane::app::App;
+use ferry_controlplane::app::Phase;
+use ferry_controlplane::config;
+use ferry_controlplane::config::Entry;
+use ferry_controlplane::dataplane;
+use ferry_controlplane::rpc::table::When;
+use ferry_controlplane::server::Endpoint;
+use tokio::signal::unix::SignalKind;
+use tokio::signal::unix::signal;
+use tokio::task::LocalSet;
+use tracing_subscriber::EnvFilter;
+
+/// The unprivileged half of Ferry: serves RPC, keeps the configuration and directs the data plane.
+#[derive(Parser)]
+#[command(name = "ferry-controlplane", version, args_override_self = true)]
+struct Options {
+    /// RPC socket
+    #[arg(
+        short = 'r',
+        long,
+        value_name = "PATH",
+        default_value = "/var/tmp/spdk.sock"
+    )]
+    rpc_socket: PathBuf,
+    /// Mode of the RPC socket, octal
+    #[arg(long, value_name = "MODE", default_value = "600", value_parser = parse_mode)]
+    socket_mode: u32,
+    /// Directory of the data plane's sockets
+    #[arg(long, value_name = "DIR", default_value = "/run/ferry")]
+    run_dir: PathBuf,
+    /// Saved configuration to apply
+    #[arg(
+        short = 'c',
+        long,
+        visible_alias = "json",
+        value_name = "FILE",
+        env = "SPDK_RPC_INIT_CONF_JSON"
+    )]
+    config: Option<PathBuf>,
+    /// Go on when a request of the saved configuration fails
+    #[arg(long)]
+    json_ignore_init_errors: bool,
+    /// Wait for framework_start_init before anything is initialised
+    #[arg(long)]
+    wait_for_rpc: bool,
+    /// Answer only these methods
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    rpcs_allowed: Option<Vec<String>>,
+    /// Script of commands to run after the start
+    #[arg(long, value_name = "FILE", env = "SPDK_RPC_INIT_CONF")]
+    init_conf: Option<PathBuf>,
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|mode| mode & !0o777 == 0)
+        .ok_or_else(|| format!("{text:?} is not an octal mode up to 777"))
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start")?;
+    LocalSet::new().block_on(&runtime, serve(options))
+}
+
+/// What is applied after the start.
+struct Initial {
+    entries: Vec<Entry>,
+    ignore_errors: bool,
+    script: Option<String>,
+}
+
+async fn serve(options: Options) -> anyhow::Result<()> {
+    let app = App::new(options.rpcs_allowed);
+    // Container templates set variables to nothing.
+    let given = |path: &&PathBuf| !path.as_os_str().is_empty();
+    let entries = match options.config.as_ref().filter(given) {
+        Some(path) => config::parse(&config::read_file(path)?)
+            .with_context(|| format!("cannot use configuration {}", path.display()))?,
+        None => Vec::new(),
+    };
+    let script = options
+        .init_conf
+        .as_ref()
+        .filter(given)
+        .map(|path| config::read_file(path))
+        .transpose()?;
+    let initial = Initial {
+        entries,
+        ignore_errors: options.json_ignore_init_errors,
+        script,
+    };
+
+    let endpoint = Endpoint::bind(&options.rpc_socket, options.socket_mode)?;
+    let before = |when| when != When::Runtime;
+    config::apply(&app, &initial.entries, before, initial.ignore_errors).await?;
+    if !options.wait_for_rpc {
+        app.start_init();
+    }
+    let stop = stop_signal()?;
+    let rpc = async {
+        // The first request of a script finds the data plane if there is one.
+        app.attempted().await;
+        tracing::info!(socket = %options.rpc_socket.display(), "serving RPC");
+        endpoint.serve(Rc::clone(&app)).await.context("RPC socket")
+    };
+    tokio::select! {
+        never = dataplane::keep_connected(Rc::clone(&app), &options.run_dir) => match never {},
+        served = rpc => served,
+        failed = initialise(&app, initial) => failed,
+        signal = stop => {
+            tracing::info!(signal, "stopping; the data plane goes on");
+            Ok(())
+        }
+    }
+}
+
+/// Applies the initial configuration once the data plane is there; returns only if that fails.
+async fn initialise(app: &Rc<App>, initial: Initial) -> anyhow::Result<()> {
+    app.reached(Phase::Running).await;
+    app.linked().await;
+    let after = |when| when == When::Runtime;
+    config::apply(app, &initial.entries, after, initial.ignore_errors)
+        .await
+        .context("the saved configuration could not be applied; --json-ignore-init-errors goes on without what fails")?;
+    if let Some(script) = initial.script
+        && let Err(error) = config::run_script(app, &script).await
+    {
+        tracing::error!(%error, "the init script has stopped");
+    }
+    app.advance(Phase::Ready);
+    core::future::pending().await
+}
+
+/// Resolves to the name of the signal that asks the process to end.
+fn stop_signal() -> anyhow::Result<impl Future<Output = &'static str>> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut quit = signal(SignalKind::quit())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    // Caught so that it does not end the process.
+    let mut user = signal(SignalKind::user_defined1())?;
+    Ok(async move {
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => return "SIGINT",
+                _ = terminate.recv() => return "SIGTERM",
+                _ = quit.recv() => return "SIGQUIT",
+                _ = hangup.recv() => return "SIGHUP",
+                _ = user.recv() => tracing::info!("SIGUSR1"),
+            }
+        }
+    })
+}

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -227,7 +227,7 @@ impl<B: Backend> CoreSystem<B> {
     /// A counter was signalled. Takes the count, and sets the watch again if the kernel has dropped it.
     fn signalled(&mut self, token: u32, ended: bool) {
         let fd = if token == MAILBOX_TOKEN {
-            self.own.awake();
+            self.own.drain();
             self.own.as_raw_fd()
         } else {
             let Some(Some(watch)) = self.watches.get(token as usize) else {
@@ -463,11 +463,12 @@ impl<B: Backend> CoreSet<B> {
     /// The management thread is awake again.
     pub fn awake(&self) {
         self.events.awake();
+        self.events.drain();
     }
 
     /// Readable when a core has something to say to a sleeping management thread.
-    pub fn event_fd(&self) -> i32 {
-        self.events.as_raw_fd()
+    pub fn event_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
     }
 
     /// The next thing that the cores have to say.

@@ -4,7 +4,7 @@
 //! does not grow while serving.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 
@@ -84,7 +84,17 @@ impl<M> Mailbox<M> {
     /// The receiver is awake again.
     pub fn awake(&self) {
         self.asleep.store(false, Ordering::Relaxed);
+    }
+
+    /// Takes the wake-ups, after the descriptor has been readable.
+    pub fn drain(&self) {
         self.wake.drain();
+    }
+}
+
+impl<M> AsFd for Mailbox<M> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
     }
 }
 

@@ -1147,3 +1147,6 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 .is_some_and(|m| m.unique == unique)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -288,7 +288,8 @@ pub enum Event {
     },
 }
 
-fn check_name(what: &str, name: &str) -> Result<(), Failure> {
+/// Checks the name of a device, an fsdev or a manager.
+pub fn check_name(what: &str, name: &str) -> Result<(), Failure> {
     let good = |b: u8| b.is_ascii_graphic() && b != b'/';
     if name.is_empty()
         || name.len() > limits::NAME_LEN

@@ -8,6 +8,9 @@
 //! [`FsDev::may_block`] says so. Data operations return an [`Io`] that the core performs on its ring.
 
 pub mod null;
+#[cfg(feature = "std")]
+pub mod passthrough;
+pub mod table;
 
 use core::ffi::CStr;
 

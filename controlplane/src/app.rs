@@ -1,0 +1,322 @@
+//! The process's state: the model, the link to the data plane and the phase of the start, and the one entry through
+//! which every request comes, whether from a socket, a script or a configuration file.
+//!
+//! Everything runs on one thread. No borrow of the model lives across an await.
+
+use core::cell::Cell;
+use core::cell::Ref;
+use core::cell::RefCell;
+use core::cell::RefMut;
+use std::rc::Rc;
+
+use ferry_shared::errno::Errno;
+use ferry_shared::msg::Command;
+use ferry_shared::msg::Event;
+use ferry_shared::msg::Failure;
+use ferry_shared::msg::Item;
+use ferry_shared::msg::Reply;
+use serde_json::Value;
+use tokio::sync::Notify;
+use tokio::sync::watch;
+
+use crate::dataplane::Link;
+use crate::model::Model;
+use crate::model::Step;
+use crate::rpc::RpcError;
+use crate::rpc::decode;
+use crate::rpc::decode::Params;
+use crate::rpc::table;
+use crate::rpc::table::Handler;
+use crate::rpc::table::Method;
+use crate::rpc::table::When;
+
+/// A part of the service that can be disabled before the start.
+pub struct Subsystem {
+    /// Its name, with which the names of its methods begin.
+    pub name: &'static str,
+    /// Subsystems that it needs.
+    pub depends_on: &'static [&'static str],
+}
+
+/// The subsystems, in the order of their dependencies.
+pub const SUBSYSTEMS: [Subsystem; 2] = [
+    Subsystem {
+        name: "fsdev",
+        depends_on: &[],
+    },
+    Subsystem {
+        name: "virtio_fs",
+        depends_on: &["fsdev"],
+    },
+];
+
+/// How far the start has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Before `framework_start_init`.
+    Startup,
+    /// Requests are served; the data plane is awaited and the initial configuration applied.
+    Running,
+    /// The data plane has been there and the initial configuration is applied.
+    Ready,
+}
+
+/// The control plane.
+pub struct App {
+    model: RefCell<Model>,
+    /// The link, or why there is none.
+    link: RefCell<Result<Rc<dyn Link>, String>>,
+    /// Whether there is a link; `None` before the first attempt has ended.
+    linked: watch::Sender<Option<bool>>,
+    /// Whether somebody makes attempts.
+    connecting: Cell<bool>,
+    /// Asks for an attempt without delay.
+    impatient: Notify,
+    phase: watch::Sender<Phase>,
+    disabled: RefCell<Vec<&'static str>>,
+    allowed: Option<Vec<String>>,
+}
+
+impl App {
+    /// A control plane that answers the methods of `allowed` only, or all, and has not seen its data plane.
+    pub fn new(allowed: Option<Vec<String>>) -> Rc<App> {
+        Rc::new(App {
+            model: RefCell::default(),
+            link: RefCell::new(Err("no attempt to connect has been made yet".to_owned())),
+            linked: watch::Sender::new(None),
+            connecting: Cell::new(false),
+            impatient: Notify::new(),
+            phase: watch::Sender::new(Phase::Startup),
+            disabled: RefCell::default(),
+            allowed,
+        })
+    }
+
+    /// The model, to read.
+    pub fn model(&self) -> Ref<'_, Model> {
+        self.model.borrow()
+    }
+
+    /// The model, to change.
+    pub fn model_mut(&self) -> RefMut<'_, Model> {
+        self.model.borrow_mut()
+    }
+
+    /// Leaves the startup state.
+    pub fn start_init(&self) {
+        self.advance(Phase::Running);
+    }
+
+    /// Moves the start on; never back.
+    pub fn advance(&self, phase: Phase) {
+        self.phase.send_if_modified(|current| {
+            let later = phase > *current;
+            *current = phase.max(*current);
+            later
+        });
+    }
+
+    /// Waits until the start has come so far.
+    pub async fn reached(&self, phase: Phase) {
+        let mut receiver = self.phase.subscribe();
+        // The sender lives in `self`, so the channel cannot be closed.
+        let _ = receiver.wait_for(|current| *current >= phase).await;
+    }
+
+    /// Waits until the data plane is there.
+    pub async fn linked(&self) {
+        let mut receiver = self.linked.subscribe();
+        let _ = receiver.wait_for(|linked| *linked == Some(true)).await;
+    }
+
+    /// Waits until the first attempt to reach the data plane has ended.
+    pub async fn attempted(&self) {
+        let mut receiver = self.linked.subscribe();
+        let _ = receiver.wait_for(Option::is_some).await;
+    }
+
+    /// Whether a subsystem is enabled.
+    pub fn is_enabled(&self, subsystem: &str) -> bool {
+        !self.disabled.borrow().contains(&subsystem)
+    }
+
+    pub(crate) fn set_enabled(&self, subsystem: &'static str, enabled: bool) {
+        let mut disabled = self.disabled.borrow_mut();
+        disabled.retain(|name| *name != subsystem);
+        if !enabled {
+            disabled.push(subsystem);
+        }
+    }
+
+    /// Whether a method exists for clients: allowed, and not of a disabled subsystem.
+    pub(crate) fn offers(&self, method: &Method) -> bool {
+        let allowed = match &self.allowed {
+            None => true,
+            Some(names) => names.iter().any(|name| name == method.name),
+        };
+        let of = |subsystem: &&str| {
+            method
+                .name
+                .strip_prefix(*subsystem)
+                .is_some_and(|rest| rest.starts_with('_'))
+        };
+        allowed && !self.disabled.borrow().iter().any(of)
+    }
+
+    /// Whether a method may be called in the present state.
+    pub(crate) fn check_state(&self, method: &Method) -> Result<(), RpcError> {
+        let startup = *self.phase.borrow() == Phase::Startup;
+        let text = match method.when {
+            When::Startup if !startup => {
+                "Method may only be called before framework is initialized. Use --wait-for-rpc command line parameter \
+                 and then issue this RPC before the framework_start_init RPC."
+            }
+            When::Runtime if startup => {
+                "Method may only be called after framework is initialized using framework_start_init RPC."
+            }
+            When::Startup | When::Runtime | When::Always => return Ok(()),
+        };
+        Err(RpcError::new(RpcError::INVALID_STATE, text))
+    }
+
+    /// Finds a method that the server answers.
+    pub fn find(&self, name: &str) -> Result<&'static Method, RpcError> {
+        table::find(name)
+            .filter(|method| method.is_remote() && self.offers(method))
+            .ok_or_else(|| {
+                RpcError::new(
+                    RpcError::METHOD_NOT_FOUND,
+                    format!("Method not found: {name}"),
+                )
+            })
+    }
+
+    /// Answers one request. The work goes on when the caller loses interest.
+    pub async fn call(self: &Rc<App>, name: &str, params: &Params) -> Result<Value, RpcError> {
+        let method = self.find(name)?;
+        self.check_state(method)?;
+        let args = decode::decode(method, params)?;
+        if method.dataplane || matches!(method.handler, Handler::Later(_)) {
+            self.look_again().await;
+        }
+        if method.dataplane {
+            self.link()?;
+        }
+        match method.handler {
+            Handler::Now(answer) => answer(self, &args),
+            Handler::Later(answer) | Handler::Detached(answer) => {
+                let work = tokio::task::spawn_local(answer(Rc::clone(self), args));
+                work.await.unwrap_or_else(|error| {
+                    tracing::error!(method = method.name, %error, "the handler of a method has failed");
+                    Err(RpcError::new(RpcError::INTERNAL_ERROR, format!("Internal error: {name} has failed")))
+                })
+            }
+            Handler::Client(_) => Err(RpcError::new(
+                RpcError::METHOD_NOT_FOUND,
+                format!("Method not found: {name}"),
+            )),
+        }
+    }
+
+    /// While there is no link, waits for one more attempt, so that a request which follows the start of the data plane
+    /// finds it.
+    async fn look_again(&self) {
+        if self.link.borrow().is_err() && self.connecting.get() {
+            let mut attempts = self.linked.subscribe();
+            self.impatient.notify_one();
+            // The sender lives in `self`, so the channel cannot be closed.
+            let _ = attempts.changed().await;
+        }
+    }
+
+    /// Resolves when a request would have an attempt made now; whoever calls this makes it.
+    pub async fn impatience(&self) {
+        self.connecting.set(true);
+        self.impatient.notified().await;
+    }
+
+    fn link(&self) -> Result<Rc<dyn Link>, Failure> {
+        self.link
+            .borrow()
+            .clone()
+            .map_err(|why| Failure::new(Errno::ENODEV, format!("data plane is not running: {why}")))
+    }
+
+    async fn send(&self, command: Command) -> Result<Reply, Failure> {
+        let link = self.link()?;
+        link.call(command).await
+    }
+
+    /// Sends what a step needs to the data plane and records the outcome.
+    pub async fn carry_out(&self, step: Step) -> Result<(), Failure> {
+        let Step::Send(ticket) = step else {
+            return Ok(());
+        };
+        let outcome = self.send(ticket.command.clone()).await;
+        self.model_mut().finish(*ticket, outcome.is_ok());
+        outcome.map(drop)
+    }
+
+    /// Takes note that there is no data plane.
+    pub fn disconnected(&self, why: String) {
+        *self.link.borrow_mut() = Err(why);
+        self.linked.send_replace(Some(false));
+    }
+
+    /// Takes over what the data plane has, issues what it lacks, and from then on sends requests to it.
+    pub async fn connected(&self, link: Rc<dyn Link>) -> Result<(), Failure> {
+        let items = snapshot(&*link).await?;
+        let adopted = self.model_mut().adopt(items);
+        if !adopted.objects.is_empty() {
+            tracing::info!(
+                objects = adopted.objects.join(", "),
+                "took over what the data plane has"
+            );
+        }
+        for ticket in adopted.missing {
+            let outcome = link.call(ticket.command.clone()).await;
+            match &outcome {
+                Ok(_) => {
+                    tracing::info!(command = ?ticket.command, "issued again what the data plane lacked")
+                }
+                Err(Failure { errno, detail }) => {
+                    tracing::error!(command = ?ticket.command, %errno, detail, "cannot issue again what the data plane lacks");
+                }
+            }
+            self.model_mut().finish_missing(ticket, outcome.is_ok());
+        }
+        *self.link.borrow_mut() = Ok(link);
+        self.linked.send_replace(Some(true));
+        Ok(())
+    }
+
+    /// Takes a report of the data plane.
+    pub fn event(&self, event: Event) {
+        tracing::debug!(?event, "data plane");
+        self.model_mut().event(event);
+    }
+}
+
+async fn snapshot(link: &dyn Link) -> Result<Vec<Item>, Failure> {
+    let mut all = Vec::new();
+    let mut from = 0;
+    loop {
+        let Reply::Snapshot { items, next } = link.call(Command::Snapshot { from }).await? else {
+            return Err(Failure::new(
+                Errno::EPROTO,
+                "the data plane has answered a snapshot with something else",
+            ));
+        };
+        all.extend(items);
+        match next {
+            None => return Ok(all),
+            Some(next) if next > from => from = next,
+            Some(next) => {
+                let detail = format!(
+                    "the data plane's snapshot does not end: page {next} follows page {from}"
+                );
+                return Err(Failure::new(Errno::EPROTO, detail));
+            }
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! The RPC methods: one table that the server decodes by, `rpc_get_methods` lists and the command line is parsed by, and
+//! one file of handlers per noun.
+
+pub mod cli;
+pub mod decode;
+mod doca;
+mod error;
+mod framework;
+mod fsdev;
+mod method;
+mod params;
+pub mod script;
+pub mod table;
+mod virtio_fs;
+
+pub use error::RpcError;

@@ -1,0 +1,276 @@
+//! What a parameter is, and the parameters that several methods share.
+
+/// One parameter.
+pub struct Param {
+    /// Key on the wire.
+    pub name: &'static str,
+    /// Other keys that are accepted.
+    pub aliases: &'static [&'static str],
+    /// Its type.
+    pub kind: Kind,
+    /// Whether it must be given.
+    pub mandatory: bool,
+    /// Whether the command line takes it by position too.
+    pub positional: bool,
+    /// Command-line options that set it.
+    pub options: &'static [&'static str],
+    /// Command-line options that set a boolean to false.
+    pub off_options: &'static [&'static str],
+    /// What the help calls the default; empty when there is none.
+    pub default: &'static str,
+    /// One line for the help.
+    pub help: &'static str,
+}
+
+/// The type of a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A string.
+    Text,
+    /// An unsigned 32-bit number.
+    Number,
+    /// A signed 32-bit number.
+    Signed,
+    /// A boolean.
+    Flag,
+    /// A boolean that older clients send as 0 or 1.
+    OldFlag,
+}
+
+pub(super) const PARAM: Param = Param {
+    name: "",
+    aliases: &[],
+    kind: Kind::Text,
+    mandatory: false,
+    positional: false,
+    options: &[],
+    off_options: &[],
+    default: "",
+    help: "",
+};
+
+pub(super) const TRANSPORT: Param = Param {
+    name: "transport_name",
+    aliases: &["name"],
+    mandatory: true,
+    positional: true,
+    options: &["-t", "--transport-name", "--transport_name"],
+    help: "transport: DOCA or VHOST_USER",
+    ..PARAM
+};
+pub(super) const DEVICE: Param = Param {
+    name: "dev_name",
+    aliases: &["name"],
+    mandatory: true,
+    positional: true,
+    options: &["-d", "--dev-name", "--dev_name"],
+    help: "name of the virtio-fs device",
+    ..PARAM
+};
+pub(super) const MANAGER: Param = Param {
+    name: "manager",
+    aliases: &["manager_name"],
+    mandatory: true,
+    positional: true,
+    options: &["-m", "--manager"],
+    help: "name of the emulation manager, for example mlx5_0",
+    ..PARAM
+};
+pub(super) const VUID: Param = Param {
+    name: "vuid",
+    mandatory: true,
+    options: &["--vuid"],
+    help: "vendor unique identifier of the function",
+    ..PARAM
+};
+pub(super) const WAIT: Param = Param {
+    name: "wait_for_done",
+    aliases: &["wait-for-done"],
+    kind: Kind::Flag,
+    options: &["-w", "--wait-for-done", "--wait_for_done"],
+    default: "false",
+    help: "return when the host has seen it",
+    ..PARAM
+};
+pub(super) const TAG: Param = Param {
+    name: "tag",
+    options: &["--tag"],
+    help: "tag that the guest mounts by: up to 20 bytes on DOCA, 36 on VHOST_USER; needed before the start",
+    ..PARAM
+};
+pub(super) const FSDEV: Param = Param {
+    name: "fsdev",
+    options: &["--fsdev"],
+    help: "fsdev behind the device; not looked up; needed before the start",
+    ..PARAM
+};
+pub(super) const REQUEST_QUEUES: Param = Param {
+    name: "num_request_queues",
+    kind: Kind::Number,
+    options: &["--num-request-queues", "--num_request_queues"],
+    default: "31",
+    help: "request queues, 1 to 254",
+    ..PARAM
+};
+pub(super) const QUEUE_SIZE: Param = Param {
+    name: "queue_size",
+    kind: Kind::Number,
+    options: &["--queue-size", "--queue_size"],
+    default: "64",
+    help: "largest size of every queue, a power of two from 8 to 256",
+    ..PARAM
+};
+pub(super) const PACKED: Param = Param {
+    name: "packed_vq",
+    aliases: &["packed_ring"],
+    kind: Kind::Flag,
+    options: &["--packed-vq", "--packed_vq"],
+    off_options: &["--no-packed-vq"],
+    default: "false",
+    help: "offer packed virtqueues",
+    ..PARAM
+};
+pub(super) const PLATFORM: Param = Param {
+    name: "driver_platform",
+    options: &["--driver-platform", "--driver_platform"],
+    default: "native",
+    help: "architecture of the guest: native, x86, x86_64, aarch32 or aarch64",
+    ..PARAM
+};
+pub(super) const NOTIFICATION: Param = Param {
+    name: "notification_vq",
+    kind: Kind::Flag,
+    options: &["--notification-vq", "--notification_vq"],
+    off_options: &["--no-notification-vq"],
+    default: "false",
+    help: "offer the notification queue",
+    ..PARAM
+};
+pub(super) const FSDEV_NAME: Param = Param {
+    name: "name",
+    mandatory: true,
+    positional: true,
+    help: "name of the fsdev",
+    ..PARAM
+};
+pub(super) const SUBSYSTEM: Param = Param {
+    name: "name",
+    mandatory: true,
+    positional: true,
+    help: "name of the subsystem",
+    ..PARAM
+};
+pub(super) const INDENT: Param = Param {
+    name: "indent",
+    kind: Kind::Signed,
+    options: &["-i", "--indent"],
+    default: "2",
+    help: "blanks per level; negative for one line",
+    ..PARAM
+};
+pub(super) const JSON_CONF: Param = Param {
+    name: "json_conf",
+    options: &["-j", "--json-conf", "--json_conf"],
+    default: "standard input",
+    help: "file with the configuration",
+    ..PARAM
+};
+
+/// The transport parameter of methods whose `name` is something else.
+pub(super) const TRANSPORT_ONLY: Param = Param {
+    aliases: &[],
+    ..TRANSPORT
+};
+pub(super) const AIO: &[Param] = &[
+    FSDEV_NAME,
+    Param {
+        name: "root_path",
+        mandatory: true,
+        positional: true,
+        help: "absolute path of the directory",
+        ..PARAM
+    },
+    Param {
+        name: "enable_xattr",
+        aliases: &["xattr_enabled"],
+        kind: Kind::OldFlag,
+        options: &["--enable-xattr"],
+        off_options: &["--disable-xattr"],
+        default: "false",
+        help: "serve extended attributes",
+        ..PARAM
+    },
+    Param {
+        name: "enable_writeback_cache",
+        aliases: &["writeback_cache"],
+        kind: Kind::OldFlag,
+        options: &["--enable-writeback-cache"],
+        off_options: &["--disable-writeback-cache"],
+        default: "false",
+        help: "let the guest cache writes",
+        ..PARAM
+    },
+    Param {
+        name: "max_xfer_size",
+        aliases: &["max_write"],
+        kind: Kind::Number,
+        options: &["-w", "--max-xfer-size", "--max-write"],
+        default: "131072",
+        help: "largest READ or WRITE in bytes, up to 261120",
+        ..PARAM
+    },
+    Param {
+        name: "max_readahead",
+        kind: Kind::Number,
+        options: &["-r", "--max-readahead"],
+        default: "131072",
+        help: "largest read-ahead of the guest in bytes",
+        ..PARAM
+    },
+    Param {
+        name: "skip_rw",
+        aliases: &["enable_skip_rw"],
+        kind: Kind::OldFlag,
+        options: &["--skip-rw", "--enable-skip-rw"],
+        default: "false",
+        help: "complete READ and WRITE without doing them; for measurement only",
+        ..PARAM
+    },
+    Param {
+        name: "attr_valid_ms",
+        kind: Kind::Number,
+        options: &["--attr-valid-ms"],
+        default: "0",
+        help: "how long the guest may trust attributes and names, in milliseconds",
+        ..PARAM
+    },
+    Param {
+        name: "metadata",
+        options: &["--metadata"],
+        default: "auto",
+        help: "where calls that may block are made: inline, offload or auto",
+        ..PARAM
+    },
+];
+pub(super) const FSDEV_OPTIONS: &[Param] = &[
+    Param {
+        name: "fsdev_io_pool_size",
+        kind: Kind::Number,
+        mandatory: true,
+        positional: true,
+        options: &["-p", "--fsdev-io-pool-size"],
+        default: "65535",
+        help: "objects in the request pool",
+        ..PARAM
+    },
+    Param {
+        name: "fsdev_io_cache_size",
+        kind: Kind::Number,
+        mandatory: true,
+        positional: true,
+        options: &["-c", "--fsdev-io-cache-size"],
+        default: "256",
+        help: "objects in the cache of each thread",
+        ..PARAM
+    },
+];

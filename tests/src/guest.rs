@@ -1,0 +1,345 @@
+//! Linux guests: a kernel of Debian with its own virtio-fs driver, busybox, and nothing of Ferry.
+
+use crate::initramfs::Initramfs;
+use crate::process::Process;
+use crate::rigs::{Rigs, build_checks};
+use crate::{TempDir, repository};
+use anyhow::{Context, Result, bail, ensure};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The kernels that guests run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// The newest cloud kernel of Debian's suite forky, 7.2 or later.
+    Forky,
+    /// The cloud kernel of Debian 12, 6.1.
+    Bookworm,
+}
+
+impl Kernel {
+    fn part(self) -> &'static str {
+        match self {
+            Self::Forky => "kernel-forky",
+            Self::Bookworm => "kernel-bookworm",
+        }
+    }
+}
+
+/// A virtio-fs device that a guest sees.
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// A PCIe function behind a vfio-user socket.
+    VfioUser(PathBuf),
+    /// A device behind a vhost-user socket. QEMU makes up the tag itself; User-Mode-Linux asks the device.
+    VhostUser {
+        /// The socket on which the device listens.
+        socket: PathBuf,
+        /// The tag that QEMU shows its guest.
+        tag: String,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Machine {
+    Qemu { kernel: Kernel, processors: u32 },
+    UserMode,
+}
+
+/// A guest that is ready to boot.
+#[derive(Debug)]
+pub struct Guest {
+    machine: Machine,
+    rigs: Rigs,
+    devices: Vec<Device>,
+    memory_mib: u32,
+    files: Vec<(String, PathBuf)>,
+}
+
+/// What a guest left behind.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The exit status of the script.
+    pub status: i32,
+    /// What the script printed.
+    pub output: String,
+    /// What the guest's kernel logged.
+    pub dmesg: String,
+    /// Whatever the script put into `/results`, on the host.
+    pub results: PathBuf,
+    _dir: TempDir,
+}
+
+/// Guests share the machine's few processors badly, so a test binary boots one at a time.
+static ONE_GUEST: Mutex<()> = Mutex::new(());
+
+impl Guest {
+    /// A virtual machine under QEMU.
+    ///
+    /// # Errors
+    /// When QEMU or the kernel has not been fetched.
+    pub fn qemu(kernel: Kernel) -> Result<Self> {
+        let rigs = Rigs::find(&["qemu", "busybox", kernel.part()])?;
+        Ok(Self::new(
+            Machine::Qemu {
+                kernel,
+                processors: 2,
+            },
+            rigs,
+        ))
+    }
+
+    /// A User-Mode-Linux process, which speaks vhost-user only.
+    ///
+    /// # Errors
+    /// When User-Mode-Linux has not been fetched.
+    pub fn user_mode() -> Result<Self> {
+        Ok(Self::new(
+            Machine::UserMode,
+            Rigs::find(&["uml-forky", "busybox"])?,
+        ))
+    }
+
+    fn new(machine: Machine, rigs: Rigs) -> Self {
+        Self {
+            machine,
+            rigs,
+            devices: Vec::new(),
+            memory_mib: 512,
+            files: Vec::new(),
+        }
+    }
+
+    /// Adds a device.
+    #[must_use]
+    pub fn device(mut self, device: Device) -> Self {
+        self.devices.push(device);
+        self
+    }
+
+    /// Adds a file of the host to the guest's root.
+    #[must_use]
+    pub fn file(mut self, name: &str, from: &Path) -> Self {
+        self.files.push((name.to_owned(), from.to_path_buf()));
+        self
+    }
+
+    /// Boots, runs the project's check script on `tag`, and shuts down.
+    ///
+    /// # Errors
+    /// As [`Guest::run`].
+    pub fn run_checks(self, tag: &str, limit: Duration) -> Result<Outcome> {
+        let build = TempDir::new();
+        let checks = build_checks(build.path())?;
+        let script = repository().join("tests/guest/check.sh");
+        self.file("check.sh", &script)
+            .file("checks", &checks)
+            .run(&format!("sh /check.sh /checks /mnt {tag}\n"), limit)
+    }
+
+    /// Boots, runs `script` with busybox's shell, and shuts down.
+    ///
+    /// # Errors
+    /// When the guest does not come up, or has not ended after `limit`. The message holds its console.
+    pub fn run(&self, script: &str, limit: Duration) -> Result<Outcome> {
+        let _one: MutexGuard<'_, ()> = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = TempDir::new();
+        let results = dir.make_dir("results");
+        self.write_initramfs(script, &dir.join("initrd"))?;
+        let console = dir.join("console");
+        let mut command = match self.machine {
+            Machine::Qemu { kernel, processors } => self.qemu_command(kernel, processors, &dir)?,
+            Machine::UserMode => self.user_mode_command(&dir)?,
+        };
+        let ended = Process::start(&mut command, &console)?.wait(limit);
+        let archive = dir.join("results.tar");
+        if archive.exists() {
+            let status = Command::new("tar")
+                .arg("-xf")
+                .arg(&archive)
+                .arg("-C")
+                .arg(&results)
+                .status()
+                .context("run tar")?;
+            ensure!(
+                status.success() || ended.is_err(),
+                "the guest's results are no tar archive\n{}",
+                text(&console)
+            );
+        }
+        ended.with_context(|| format!("console of the guest:\n{}", text(&console)))?;
+        let Ok(status) = text(&results.join("status")).trim().parse() else {
+            bail!(
+                "the guest left no exit status; its console:\n{}",
+                text(&console)
+            );
+        };
+        let (output, dmesg) = (text(&results.join("output")), text(&results.join("dmesg")));
+        Ok(Outcome {
+            status,
+            output,
+            dmesg,
+            results,
+            _dir: dir,
+        })
+    }
+
+    fn write_initramfs(&self, script: &str, to: &Path) -> Result<()> {
+        let part = match self.machine {
+            Machine::Qemu { kernel, .. } => kernel.part(),
+            Machine::UserMode => "uml-forky",
+        };
+        let mut archive = Initramfs::new()?;
+        archive.copy("bin/busybox", &self.rigs.path("busybox/busybox"))?;
+        archive.copy("init", &repository().join("tests/guest/init"))?;
+        archive.file("script", script.as_bytes())?;
+        let modules = self.rigs.modules(part)?;
+        archive.file(
+            "modules/order",
+            modules
+                .iter()
+                .map(|name| format!("{name}\n"))
+                .collect::<String>()
+                .as_bytes(),
+        )?;
+        for name in modules {
+            archive.copy(
+                &format!("modules/{name}"),
+                &self.rigs.path(&format!("{part}/modules/{name}")),
+            )?;
+        }
+        for (name, from) in &self.files {
+            archive.copy(name, from)?;
+        }
+        archive.write(to)
+    }
+
+    fn qemu_command(&self, kernel: Kernel, processors: u32, dir: &TempDir) -> Result<Command> {
+        let mut command = Command::new(self.rigs.path("qemu/qemu-system-x86_64"));
+        let memory = self.memory_mib;
+        for firmware in ["qemu/usr/share/qemu", "qemu/usr/share/seabios"] {
+            command.arg("-L").arg(self.rigs.path(firmware));
+        }
+        command
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-no-reboot",
+                "-display",
+                "none",
+                "-cpu",
+                "max",
+            ])
+            .args([
+                "-machine",
+                "q35,memory-backend=memory",
+                "-accel",
+                &accelerator(),
+            ])
+            .args(["-smp", &processors.to_string(), "-m", &format!("{memory}M")])
+            .args([
+                "-object",
+                &format!("memory-backend-memfd,id=memory,size={memory}M,share=on"),
+            ])
+            .args([
+                "-serial",
+                "stdio",
+                "-serial",
+                &format!("file:{}", dir.join("results.tar").display()),
+            ])
+            .arg("-kernel")
+            .arg(self.rigs.path(&format!("{}/vmlinuz", kernel.part())))
+            .arg("-initrd")
+            .arg(dir.join("initrd"))
+            .args(["-append", "console=ttyS0 loglevel=4 panic=-1"]);
+        for (number, device) in self.devices.iter().enumerate() {
+            match device {
+                Device::VfioUser(socket) => {
+                    let socket = serde_json::json!({ "type": "unix", "path": path_text(socket)? });
+                    let device = serde_json::json!({ "driver": "vfio-user-pci", "socket": socket });
+                    command.args(["-device", &device.to_string()]);
+                }
+                Device::VhostUser { socket, tag } => {
+                    command
+                        .args([
+                            "-chardev",
+                            &format!("socket,id=socket{number},path={}", path_text(socket)?),
+                        ])
+                        .args([
+                            "-device",
+                            &format!("vhost-user-fs-pci,chardev=socket{number},tag={tag}"),
+                        ]);
+                }
+            }
+        }
+        Ok(command)
+    }
+
+    /// Guest memory is an unlinked file in `TMPDIR`, which must be able to hold it and be shared with the device.
+    fn user_mode_command(&self, dir: &TempDir) -> Result<Command> {
+        let mut command = Command::new(self.rigs.path("uml-forky/linux"));
+        command
+            .env("TMPDIR", "/dev/shm")
+            .env("HOME", dir.path())
+            .args([
+                &format!("mem={}M", self.memory_mib),
+                "seccomp=on",
+                "con=null",
+                "con0=null,fd:1",
+                "loglevel=4",
+                "panic=-1",
+            ])
+            .arg(format!("umid=ferry-{}", std::process::id()))
+            .arg(format!("initrd={}", dir.join("initrd").display()))
+            .arg(format!("results={}", dir.join("results").display()));
+        for device in &self.devices {
+            match device {
+                Device::VhostUser { socket, .. } => {
+                    command.arg(format!("virtio_uml.device={}:26", path_text(socket)?))
+                }
+                Device::VfioUser(_) => bail!("User-Mode-Linux has no vfio-user"),
+            };
+        }
+        Ok(command)
+    }
+}
+
+impl Outcome {
+    /// The verdict of the check script: how many passed and how many failed.
+    ///
+    /// # Errors
+    /// When its last line is missing.
+    pub fn counts(&self) -> Result<(u32, u32)> {
+        let last = self
+            .output
+            .lines()
+            .rev()
+            .find(|line| line.contains(" passed, "))
+            .context("the script printed no result")?;
+        let numbers: Vec<u32> = last
+            .split(' ')
+            .filter_map(|word| word.parse().ok())
+            .collect();
+        match numbers[..] {
+            [passed, failed] => Ok((passed, failed)),
+            _ => bail!("cannot read the result '{last}'"),
+        }
+    }
+}
+
+/// Emulation works everywhere, also where `/dev/kvm` is there but incomplete; `FERRY_GUEST_ACCEL=kvm` asks for more speed.
+fn accelerator() -> String {
+    std::env::var("FERRY_GUEST_ACCEL").unwrap_or_else(|_| "tcg".to_owned())
+}
+
+fn text(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+fn path_text(path: &Path) -> Result<&str> {
+    path.to_str()
+        .with_context(|| format!("{} is not UTF-8", path.display()))
+}

@@ -1,0 +1,254 @@
+//! The service under test: `ferry up` with its two children, and `ferry rpc` against it.
+
+use crate::process::{Process, wait_until};
+use crate::temp::TempDir;
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use std::env;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+const START_LIMIT: Duration = Duration::from_secs(30);
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+
+/// A binary of the workspace: from `FERRY_BIN_DIR`, or from the directory that holds the running test's build.
+///
+/// # Errors
+/// When it has not been built.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let dir = match env::var_os("FERRY_BIN_DIR") {
+        Some(dir) => PathBuf::from(dir),
+        None => {
+            let test = env::current_exe().context("find the running test")?;
+            test.parent()
+                .and_then(Path::parent)
+                .context("the test lies at no depth")?
+                .to_path_buf()
+        }
+    };
+    let path = dir.join(name);
+    if !path.exists() {
+        bail!(
+            "{} is not built: run cargo build, or set FERRY_BIN_DIR",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+/// A directory in which the unprivileged control plane may create its socket.
+fn open_directory(dir: &TempDir) -> Result<PathBuf> {
+    let path = dir.make_dir("rpc");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o1777))
+        .context("open the socket's directory to everyone")?;
+    Ok(path)
+}
+
+/// How to start a service.
+#[derive(Clone, Debug, Default)]
+pub struct ServiceConfig {
+    /// More arguments for `ferry up`.
+    pub args: Vec<String>,
+    /// More environment for `ferry up`.
+    pub env: Vec<(String, String)>,
+}
+
+/// A running service with a run directory of its own.
+#[derive(Debug)]
+pub struct Service {
+    process: Process,
+    dir: TempDir,
+    rpc_socket: PathBuf,
+}
+
+/// What one `ferry rpc` command did.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    /// Whether it succeeded.
+    pub ok: bool,
+    /// What it printed on standard output.
+    pub out: String,
+    /// What it printed on standard error.
+    pub err: String,
+}
+
+impl Service {
+    /// Starts a service with defaults and waits until it answers.
+    ///
+    /// # Errors
+    /// When a binary is missing or the service does not come up.
+    pub fn start() -> Result<Self> {
+        Self::start_with(&ServiceConfig::default())
+    }
+
+    /// Starts a service and waits until it answers.
+    ///
+    /// # Errors
+    /// When a binary is missing or the service does not come up; the message holds its log.
+    pub fn start_with(config: &ServiceConfig) -> Result<Self> {
+        for name in ["ferry-dataplane", "ferry-controlplane"] {
+            binary(name)?;
+        }
+        let dir = TempDir::new();
+        let rpc_socket = open_directory(&dir)?.join("rpc.sock");
+        let mut command = Command::new(binary("ferry")?);
+        command
+            .arg("up")
+            .arg("--run-dir")
+            .arg(dir.join("run"))
+            .arg("--rpc-socket")
+            .arg(&rpc_socket)
+            .arg("--no-huge")
+            .args(&config.args)
+            .envs(config.env.iter().map(|(name, value)| (name, value)));
+        let process = Process::start(&mut command, &dir.join("log"))?;
+        let mut service = Self {
+            process,
+            dir,
+            rpc_socket,
+        };
+        let ready = wait_until("the service answers", START_LIMIT, || {
+            ensure!(service.process.running()?, "ferry up has ended");
+            Ok(service.rpc("spdk_get_version")?.ok)
+        });
+        ready.with_context(|| format!("log of the service:\n{}", service.log()))?;
+        Ok(service)
+    }
+
+    /// Runs one `ferry rpc` command line, split at white space.
+    ///
+    /// # Errors
+    /// When the tool cannot be run.
+    pub fn rpc(&self, line: &str) -> Result<Reply> {
+        let output = self
+            .rpc_command()?
+            .args(line.split_whitespace())
+            .stdin(Stdio::null())
+            .output();
+        Ok(Reply::new(&output.context("run ferry rpc")?))
+    }
+
+    /// Runs command lines from standard input, as `cat FILE | spdk_rpc.py` does.
+    ///
+    /// # Errors
+    /// When the tool cannot be run.
+    pub fn rpc_script(&self, script: &str) -> Result<Reply> {
+        let file = self.dir.join("script.conf");
+        fs::write(&file, script)?;
+        let output = self.rpc_command()?.stdin(fs::File::open(&file)?).output();
+        Ok(Reply::new(&output.context("run ferry rpc")?))
+    }
+
+    /// Runs a command line that must succeed and gives its result.
+    ///
+    /// # Errors
+    /// When it fails; the message holds the reply and the service's log.
+    pub fn call(&self, line: &str) -> Result<Value> {
+        let reply = self.rpc(line)?;
+        if !reply.ok {
+            bail!(
+                "'{line}' failed: {}{}\nlog of the service:\n{}",
+                reply.out,
+                reply.err,
+                self.log()
+            );
+        }
+        Ok(reply.json())
+    }
+
+    fn rpc_command(&self) -> Result<Command> {
+        let mut command = Command::new(binary("ferry")?);
+        command.arg("rpc").arg("-s").arg(&self.rpc_socket);
+        Ok(command)
+    }
+
+    /// The run directory of the service.
+    #[must_use]
+    pub fn run_dir(&self) -> PathBuf {
+        self.dir.join("run")
+    }
+
+    /// The RPC socket.
+    #[must_use]
+    pub fn rpc_socket(&self) -> &Path {
+        &self.rpc_socket
+    }
+
+    /// The temporary directory that goes away with the service; exports may live there.
+    #[must_use]
+    pub fn dir(&self) -> &TempDir {
+        &self.dir
+    }
+
+    /// What both processes have logged so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        self.process.output()
+    }
+
+    /// The id of the supervisor.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Ends the service as Ctrl-C does.
+    ///
+    /// # Errors
+    /// When it does not end in time or ends with a failure.
+    pub fn stop(&mut self) -> Result<()> {
+        let status = self.process.stop(Signal::SIGINT, STOP_LIMIT)?;
+        ensure!(
+            status.success(),
+            "ferry up ended with {status}; its log:\n{}",
+            self.log()
+        );
+        Ok(())
+    }
+
+    /// The VUID and the socket of the first static function.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn first_function(&self) -> Result<(String, PathBuf)> {
+        let managers = self.call("virtio_fs_doca_get_functions")?;
+        let vuid = managers[0]["Function List"][0]["vuid"]
+            .as_str()
+            .context("no static function")?
+            .to_owned();
+        let socket = self.run_dir().join("pci").join(format!("{vuid}.sock"));
+        Ok((vuid, socket))
+    }
+}
+
+impl Reply {
+    fn new(output: &Output) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Self {
+            ok: output.status.success(),
+            out: text(&output.stdout),
+            err: text(&output.stderr),
+        }
+    }
+
+    /// The error member of the response, where the tool printed one.
+    #[must_use]
+    pub fn error(&self) -> Option<Value> {
+        let (_, after) = self.err.split_once("response:")?;
+        serde_json::Deserializer::from_str(after)
+            .into_iter()
+            .next()?
+            .ok()
+    }
+
+    /// The result as JSON; what is not JSON is a plain string, as the guide's tool prints strings.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let trimmed = self.out.trim();
+        serde_json::from_str(trimmed).unwrap_or_else(|_| Value::String(trimmed.to_owned()))
+    }
+}

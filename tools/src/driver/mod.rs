@@ -1,0 +1,303 @@
+//! A virtio-fs driver in user space: attaches to a function behind a vfio-user or vhost-user socket and gives its
+//! virtqueues to the caller.
+//!
+//! [`Device::connect`] finds out what is there, [`Device::start`] negotiates and hands out a [`Queue`] for each virtqueue,
+//! [`Device::reset`] gives the function up. Requests live in a [`DmaMemory`] that the caller makes and divides up before it
+//! starts; submitting and completing requests allocates nothing. The device is another process: what it writes is
+//! checked, and a device that breaks the rules is an error of the caller's call, never a panic.
+//!
+//! Used by `ferry mount`, the benchmarks and the tests; it knows nothing about FUSE.
+
+mod config;
+mod error;
+mod memory;
+mod queue;
+mod ring;
+mod socket;
+mod vfio_user;
+mod vhost_user;
+mod virtio_pci;
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_dataplane::os::eventfd::EventFd;
+
+pub use config::DeviceConfig;
+pub use error::{DriverError, Result};
+pub use ferry_dataplane::virtio::spec::Features;
+pub use memory::{DmaMemory, DmaSlice, Pages};
+pub use queue::Queue;
+pub use ring::{Completion, MAX_PIECES, RingError, SubmitError};
+
+use ring::{RingFeatures, SplitRing};
+use socket::Socket;
+use vfio_user::VfioUser;
+use vhost_user::VhostUser;
+use virtio_pci::VirtioPci;
+
+/// How long a device may take to answer a message.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for an answer before concluding that the peer does not speak the protocol it was asked in.
+const ASK_PATIENCE: Duration = Duration::from_millis(500);
+/// What this driver can do with a ring.
+const RING_FEATURES: Features = Features::EVENT_IDX.union(Features::INDIRECT_DESC);
+
+/// The protocols under which a function can be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Protocol {
+    /// A PCI function.
+    VfioUser,
+    /// A virtio device without a bus.
+    VhostUser,
+}
+
+#[derive(Debug)]
+enum Transport {
+    Vhost(VhostUser),
+    Pci(Box<VirtioPci>),
+}
+
+/// How to start a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// Request queues, at most [`Device::max_request_queues`].
+    pub request_queues: u16,
+    /// Entries of each queue; the device may have fewer.
+    pub queue_size: u16,
+    /// Ring features that may be used, if the device offers them.
+    pub features: Features,
+}
+
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup {
+            request_queues: 1,
+            queue_size: 256,
+            features: RING_FEATURES,
+        }
+    }
+}
+
+/// The virtqueues of a device that runs.
+#[derive(Debug)]
+pub struct Queues {
+    /// For FORGET, BATCH_FORGET and INTERRUPT.
+    pub hiprio: Queue,
+    /// For everything else.
+    pub requests: Vec<Queue>,
+}
+
+/// A virtio-fs device that this driver is connected to.
+#[derive(Debug)]
+pub struct Device {
+    transport: Transport,
+    /// The device can reach it until it has been reset.
+    memory: Option<Arc<DmaMemory>>,
+}
+
+impl Device {
+    /// Connects to the function at `path`; without a protocol, finds out which one its peer speaks.
+    pub fn connect(path: &Path, protocol: Option<Protocol>) -> Result<Device> {
+        let transport = match protocol.or_else(|| protocol_by_place(path)) {
+            Some(Protocol::VfioUser) => Transport::vfio_user(path)?,
+            Some(Protocol::VhostUser) => Transport::vhost_user(path)?,
+            None => Transport::ask(path)?,
+        };
+        let device = Device {
+            transport,
+            memory: None,
+        };
+        if !device.features().contains(Features::VERSION_1) {
+            return Err(DriverError::Unusable(
+                "it is a legacy device, without VIRTIO_F_VERSION_1".into(),
+            ));
+        }
+        if device.max_request_queues() == 0 {
+            return Err(DriverError::Unusable(
+                "it has fewer than two virtqueues".into(),
+            ));
+        }
+        Ok(device)
+    }
+
+    /// The device's configuration.
+    pub fn config(&self) -> &DeviceConfig {
+        match &self.transport {
+            Transport::Vhost(device) => device.config(),
+            Transport::Pci(device) => device.config(),
+        }
+    }
+
+    /// The features that it offers.
+    pub fn features(&self) -> Features {
+        match &self.transport {
+            Transport::Vhost(device) => device.offered(),
+            Transport::Pci(device) => device.offered(),
+        }
+    }
+
+    /// The protocol that it speaks.
+    pub fn protocol(&self) -> Protocol {
+        match &self.transport {
+            Transport::Vhost(_) => Protocol::VhostUser,
+            Transport::Pci(_) => Protocol::VfioUser,
+        }
+    }
+
+    /// Request queues that can be used.
+    pub fn max_request_queues(&self) -> u16 {
+        let queues = match &self.transport {
+            Transport::Vhost(device) => device.max_queues(),
+            Transport::Pci(device) => device.max_queues(),
+        };
+        let requests = queues
+            .saturating_sub(1)
+            .min(self.config().num_request_queues);
+        u16::try_from(requests).unwrap_or(u16::MAX)
+    }
+
+    /// Entries that a queue can have.
+    pub fn max_queue_size(&self) -> u16 {
+        match &self.transport {
+            Transport::Vhost(device) => device.max_queue_size(),
+            Transport::Pci(device) => device.max_queue_size(),
+        }
+    }
+
+    /// Bytes of memory that [`Device::start`] will take for the virtqueues.
+    pub fn memory_needed(&self, setup: &Setup) -> usize {
+        let (size, ring) = self.ring(setup);
+        (usize::from(setup.request_queues) + 1) * SplitRing::memory_needed(size, ring.indirect)
+    }
+
+    /// Negotiates, makes the virtqueues in `memory`, and lets the device begin.
+    pub fn start(&mut self, setup: &Setup, memory: &Arc<DmaMemory>) -> Result<Queues> {
+        let max = self.max_request_queues();
+        if setup.request_queues == 0 || setup.request_queues > max {
+            return Err(DriverError::TooMany {
+                what: "request queues",
+                has: u32::from(max),
+                wanted: u32::from(setup.request_queues),
+            });
+        }
+        let usable = self.features() & setup.features & RING_FEATURES;
+        let features = usable | Features::VERSION_1 | (self.features() & Features::ACCESS_PLATFORM);
+        match &mut self.transport {
+            Transport::Vhost(device) => device.begin(features, memory)?,
+            Transport::Pci(device) => device.begin(features, memory)?,
+        }
+        self.memory = Some(Arc::clone(memory));
+        let (size, ring) = self.ring(setup);
+        let hiprio = self.start_queue(0, size, ring, memory)?;
+        let mut requests = Vec::with_capacity(usize::from(setup.request_queues));
+        for index in 1..=setup.request_queues {
+            requests.push(self.start_queue(index, size, ring, memory)?);
+        }
+        match &mut self.transport {
+            Transport::Vhost(device) => device.run()?,
+            Transport::Pci(device) => device.run()?,
+        }
+        Ok(Queues { hiprio, requests })
+    }
+
+    /// Resets the device: afterwards it no longer touches the memory, and requests in flight are lost.
+    pub fn reset(&mut self) -> Result<()> {
+        match &mut self.transport {
+            Transport::Vhost(device) => device.reset()?,
+            Transport::Pci(device) => device.stop()?,
+        }
+        self.memory = None;
+        Ok(())
+    }
+
+    /// Becomes readable when the device goes away; [`Device::is_gone`] then says whether it has.
+    pub fn hangup_fd(&self) -> BorrowedFd<'_> {
+        self.transport.socket().as_fd()
+    }
+
+    /// Whether the device has closed the connection.
+    pub fn is_gone(&self) -> bool {
+        self.transport.socket().is_closed()
+    }
+
+    /// The size and the features of the rings that `setup` leads to.
+    fn ring(&self, setup: &Setup) -> (u16, RingFeatures) {
+        let most = setup.queue_size.min(self.max_queue_size()).max(2);
+        let size = if most.is_power_of_two() {
+            most
+        } else {
+            most.next_power_of_two() / 2
+        };
+        let usable = self.features() & setup.features;
+        let features = RingFeatures {
+            event_idx: usable.contains(Features::EVENT_IDX),
+            indirect: usable.contains(Features::INDIRECT_DESC),
+        };
+        (size, features)
+    }
+
+    fn start_queue(
+        &mut self,
+        index: u16,
+        size: u16,
+        features: RingFeatures,
+        memory: &Arc<DmaMemory>,
+    ) -> Result<Queue> {
+        let ring = SplitRing::new(Arc::clone(memory), size, features).ok_or(DriverError::NoRoom)?;
+        let call = EventFd::new().map_err(DriverError::io("make an event counter"))?;
+        let kick = match &mut self.transport {
+            Transport::Vhost(device) => device.start_queue(index, &ring, memory, &call)?,
+            Transport::Pci(device) => device.start_queue(index, &ring, memory, &call)?,
+        };
+        Ok(Queue::new(index, ring, kick, call))
+    }
+}
+
+impl Transport {
+    fn vfio_user(path: &Path) -> Result<Transport> {
+        let client = VfioUser::open(Socket::connect(path, PATIENCE)?)?;
+        Ok(Transport::Pci(Box::new(VirtioPci::open(client)?)))
+    }
+
+    fn vhost_user(path: &Path) -> Result<Transport> {
+        let socket = Socket::connect(path, PATIENCE)?;
+        let features = VhostUser::ask(&socket)?;
+        Ok(Transport::Vhost(VhostUser::open(socket, features)?))
+    }
+
+    /// Asks in vhost-user, whose first message is shorter than any of vfio-user's: a vfio-user server waits for the rest of
+    /// it, or closes. The other way round is not possible, as vhost-user devices may end when they read nonsense.
+    fn ask(path: &Path) -> Result<Transport> {
+        let socket = Socket::connect(path, ASK_PATIENCE)?;
+        match VhostUser::ask(&socket) {
+            Ok(features) => {
+                socket.set_patience(PATIENCE)?;
+                Ok(Transport::Vhost(VhostUser::open(socket, features)?))
+            }
+            Err(DriverError::Silent(_) | DriverError::Closed(_) | DriverError::Protocol { .. }) => {
+                drop(socket);
+                Transport::vfio_user(path)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn socket(&self) -> &Socket {
+        match self {
+            Transport::Vhost(device) => device.socket(),
+            Transport::Pci(device) => device.socket(),
+        }
+    }
+}
+
+/// In the service's run directory the kind of a socket shows in its place.
+fn protocol_by_place(path: &Path) -> Option<Protocol> {
+    match path.parent()?.file_name()?.to_str()? {
+        "pci" => Some(Protocol::VfioUser),
+        "vhost" => Some(Protocol::VhostUser),
+        _ => None,
+    }
+}
