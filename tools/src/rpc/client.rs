@@ -77,7 +77,13 @@ pub(super) struct Client {
 impl Client {
     pub(super) fn new(options: Options) -> Client {
         let verbose = options.verbose;
-        Client { options, verbose, stream: None, received: Vec::new(), next: 1 }
+        Client {
+            options,
+            verbose,
+            stream: None,
+            received: Vec::new(),
+            next: 1,
+        }
     }
 
     /// Whether the next requests are logged, apart from what the options say.
@@ -86,7 +92,11 @@ impl Client {
     }
 
     /// Sends a request and waits for its result; there is none in a dry run.
-    pub(super) fn call(&mut self, method: &str, params: &Map<String, Value>) -> Result<Option<Value>, CallError> {
+    pub(super) fn call(
+        &mut self,
+        method: &str,
+        params: &Map<String, Value>,
+    ) -> Result<Option<Value>, CallError> {
         let id = self.next;
         self.next += 1;
         let mut request = json!({"jsonrpc": "2.0", "method": method, "id": id});
@@ -101,7 +111,8 @@ impl Client {
             eprintln!("INFO: request:\n{request:#}");
         }
         let deadline = Instant::now() + self.options.timeout;
-        self.connection()?.write_all(request.to_string().as_bytes())?;
+        self.connection()?
+            .write_all(request.to_string().as_bytes())?;
         let mut response = self.receive(method, deadline)?;
         if self.verbose {
             eprintln!("INFO: response:\n{response:#}");
@@ -110,12 +121,18 @@ impl Client {
             let mut request = params.clone();
             request.insert("method".to_owned(), json!(method));
             request.insert("req_id".to_owned(), json!(id));
-            return Err(CallError::Refused { request: Value::Object(request), error: error.clone() });
+            return Err(CallError::Refused {
+                request: Value::Object(request),
+                error: error.clone(),
+            });
         }
         let belongs = response.get("id") == Some(&json!(id));
         match response.get_mut("result") {
             Some(result) if belongs => Ok(Some(result.take())),
-            _ => Err(CallError::NoResponse { method: method.to_owned(), answer: response.to_string() }),
+            _ => Err(CallError::NoResponse {
+                method: method.to_owned(),
+                answer: response.to_string(),
+            }),
         }
     }
 
@@ -139,7 +156,10 @@ impl Client {
                     return Ok(stream);
                 }
                 Err(error) if left == 0 => {
-                    return Err(CallError::Connect { socket: self.options.socket.clone(), error });
+                    return Err(CallError::Connect {
+                        socket: self.options.socket.clone(),
+                        error,
+                    });
                 }
                 Err(_) => {
                     left -= 1;
@@ -157,14 +177,26 @@ impl Client {
             if let Some(response) = self.take_response(method)? {
                 return Ok(response);
             }
-            let late = || CallError::Timeout { method: method.to_owned(), timeout };
-            let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
+            let late = || CallError::Timeout {
+                method: method.to_owned(),
+                timeout,
+            };
+            let left = deadline
+                .checked_duration_since(Instant::now())
+                .filter(|left| !left.is_zero());
             let stream = self.connection()?;
             stream.set_read_timeout(Some(left.ok_or_else(late)?))?;
             match stream.read(&mut buffer) {
                 Ok(0) => return Err(CallError::Closed(method.to_owned())),
-                Ok(count) => self.received.extend_from_slice(buffer.get(..count).unwrap_or_default()),
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                Ok(count) => self
+                    .received
+                    .extend_from_slice(buffer.get(..count).unwrap_or_default()),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    ) =>
+                {
                     return Err(late());
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -187,7 +219,10 @@ impl Client {
             }
             Some(Err(error)) if !error.is_eof() => {
                 let answer = String::from_utf8_lossy(&self.received).into_owned();
-                Err(CallError::NoResponse { method: method.to_owned(), answer })
+                Err(CallError::NoResponse {
+                    method: method.to_owned(),
+                    answer,
+                })
             }
             Some(Err(_)) | None => Ok(None),
         }

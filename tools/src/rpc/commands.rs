@@ -24,7 +24,11 @@ pub(super) fn run(
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
     let text = |name: &str| params.get(name).and_then(Value::as_str);
-    let indent = params.get("indent").and_then(Value::as_i64).and_then(|indent| i32::try_from(indent).ok()).unwrap_or(2);
+    let indent = params
+        .get("indent")
+        .and_then(Value::as_i64)
+        .and_then(|indent| i32::try_from(indent).ok())
+        .unwrap_or(2);
     match command {
         ClientCommand::SaveConfig => {
             let saved = format!("{}\n", config::render(&save(client)?, indent));
@@ -39,12 +43,17 @@ pub(super) fn run(
             print(out, &format!("{}\n", config::render(&saved, indent)))
         }
         ClientCommand::LoadConfig => {
-            let aliases = params.get("include_aliases").and_then(Value::as_bool).unwrap_or(false);
+            let aliases = params
+                .get("include_aliases")
+                .and_then(Value::as_bool)
+                .unwrap_or(false);
             load(client, config::parse(&read(text("json_conf"))?)?, aliases)
         }
-        ClientCommand::LoadSubsystemConfig => {
-            load(client, config::parse_subsystem(&read(text("json_conf"))?)?, false)
-        }
+        ClientCommand::LoadSubsystemConfig => load(
+            client,
+            config::parse_subsystem(&read(text("json_conf"))?)?,
+            false,
+        ),
     }
 }
 
@@ -53,21 +62,31 @@ fn read(path: Option<&str>) -> Result<String, Failure> {
         return Ok(config::read_file(Path::new(path))?);
     }
     let mut text = String::new();
-    std::io::stdin().read_to_string(&mut text).map_err(|error| Failure::Stream("cannot read standard input", error))?;
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .map_err(|error| Failure::Stream("cannot read standard input", error))?;
     Ok(text)
 }
 
 fn subsystem(client: &mut Client, name: &str) -> Result<Value, Failure> {
     let mut params = Map::new();
     params.insert("name".to_owned(), json!(name));
-    Ok(client.call("framework_get_config", &params)?.unwrap_or_default())
+    Ok(client
+        .call("framework_get_config", &params)?
+        .unwrap_or_default())
 }
 
 fn save(client: &mut Client) -> Result<Value, Failure> {
-    let listed = client.call("framework_get_subsystems", &Map::new())?.unwrap_or_default();
+    let listed = client
+        .call("framework_get_subsystems", &Map::new())?
+        .unwrap_or_default();
     let mut all = Vec::new();
     for listed in listed.as_array().into_iter().flatten() {
-        let name = listed.get("subsystem").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let name = listed
+            .get("subsystem")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned();
         let saved = subsystem(client, &name)?;
         all.push((name, saved));
     }
@@ -81,21 +100,34 @@ fn methods(client: &mut Client, current: bool, aliases: bool) -> Result<Vec<Stri
     }
     params.insert("include_aliases".to_owned(), json!(aliases));
     let listed = client.call("rpc_get_methods", &params)?.unwrap_or_default();
-    Ok(listed.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect())
+    Ok(listed
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .map(str::to_owned)
+        .collect())
 }
 
 /// Sends what may be sent now, starts the service when only later requests are left, and sends those.
 fn load(client: &mut Client, mut entries: Vec<Entry>, aliases: bool) -> Result<(), Failure> {
     let known = methods(client, false, aliases)?;
-    let unknown: Vec<&str> =
-        entries.iter().map(|entry| entry.method.as_str()).filter(|method| !known.iter().any(|k| k == method)).collect();
+    let unknown: Vec<&str> = entries
+        .iter()
+        .map(|entry| entry.method.as_str())
+        .filter(|method| !known.iter().any(|k| k == method))
+        .collect();
     if !unknown.is_empty() {
-        return Err(Failure::NotApplicable(format!("{}: there is no such method", unknown.join(", "))));
+        return Err(Failure::NotApplicable(format!(
+            "{}: there is no such method",
+            unknown.join(", ")
+        )));
     }
     while !entries.is_empty() {
         let allowed = methods(client, true, aliases)?;
-        let (now, later): (Vec<Entry>, Vec<Entry>) =
-            entries.into_iter().partition(|entry| allowed.contains(&entry.method));
+        let (now, later): (Vec<Entry>, Vec<Entry>) = entries
+            .into_iter()
+            .partition(|entry| allowed.contains(&entry.method));
         for entry in &now {
             client.call(&entry.method, &entry.params.clone().unwrap_or_default())?;
         }
@@ -107,7 +139,10 @@ fn load(client: &mut Client, mut entries: Vec<Entry>, aliases: bool) -> Result<(
             client.call(START, &Map::new())?;
         } else if now.is_empty() {
             let names: Vec<&str> = entries.iter().map(|entry| entry.method.as_str()).collect();
-            return Err(Failure::NotApplicable(format!("{} in its present state", names.join(", "))));
+            return Err(Failure::NotApplicable(format!(
+                "{} in its present state",
+                names.join(", ")
+            )));
         }
     }
     Ok(())
