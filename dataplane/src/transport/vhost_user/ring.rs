@@ -4,6 +4,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::stat::{SFlag, fstat};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
@@ -135,7 +137,13 @@ pub(super) fn self_kick() -> Result<Arc<EventFd>, PeerError> {
     event(timer.into())
 }
 
-/// An event counter of the front end.
+/// An event of the front end: an eventfd, or the pipe or socket that some use in its place. A file or a device would be
+/// readable all the time and keep its core busy.
 pub(super) fn event(fd: OwnedFd) -> Result<Arc<EventFd>, PeerError> {
+    let mode = SFlag::from_bits_truncate(fstat(&fd).map_err(PeerError::Fd)?.st_mode);
+    let kind = mode & SFlag::S_IFMT;
+    if !kind.is_empty() && kind != SFlag::S_IFIFO && kind != SFlag::S_IFSOCK {
+        return Err(PeerError::Fd(Errno::EINVAL));
+    }
     EventFd::from_peer(fd).map(Arc::new).map_err(PeerError::Fd)
 }

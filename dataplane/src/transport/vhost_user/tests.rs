@@ -3,6 +3,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use ferry_shared::msg::{Attach, Platform};
+use proptest::prelude::*;
 use zerocopy::FromBytes;
 
 use super::wire::{
@@ -612,6 +613,24 @@ fn a_front_end_that_asks_hears_of_a_refusal_and_stays() {
 }
 
 #[test]
+fn an_event_is_an_eventfd_or_a_pipe_but_no_file() {
+    let mut rig = rig("event");
+    rig.negotiate_features(FEATURES);
+    let (pipe, _end) = nix::unistd::pipe().unwrap();
+    let device = OwnedFd::from(std::fs::File::open("/dev/zero").unwrap());
+    let memory = rig.memory.try_clone().unwrap();
+    for (fd, refused) in [(pipe, 0), (device, 1), (memory, 1)] {
+        for request in [
+            Request::SetVringKick,
+            Request::SetVringCall,
+            Request::SetVringErr,
+        ] {
+            assert_eq!(rig.ack(request, 0u64.as_bytes(), &[fd.as_fd()]), refused);
+        }
+    }
+}
+
+#[test]
 fn messages_need_their_protocol_feature() {
     let mut rig = rig("gate");
     rig.send(Request::GetQueueNum, &[], &[]);
@@ -826,5 +845,76 @@ fn offered_protocol_features_are_those_that_are_handled() {
         ProtocolFeatures::XEN_MMAP,
     ] {
         assert!(!offered.intersects(absent), "{absent:?}");
+    }
+}
+
+/// One message of a hostile front end: small numbers are likelier to mean something.
+fn hostile() -> impl Strategy<Value = (u32, u32, Vec<u8>, usize)> {
+    let word = prop_oneof![
+        4 => 0u64..4,
+        2 => Just(GUEST),
+        2 => Just(LEN),
+        2 => Just(0x7000_0000u64),
+        1 => Just(u64::MAX),
+        1 => any::<u64>(),
+    ];
+    let words = proptest::collection::vec(word, 0..12)
+        .prop_map(|words| words.iter().flat_map(|w| w.to_ne_bytes()).collect());
+    let size = prop_oneof![Just(8usize), Just(40), Just(24), 0usize..100];
+    (
+        0u32..43,
+        prop_oneof![9 => Just(9u32), 1 => 0u32..16],
+        (words, size),
+        0usize..3,
+    )
+        .prop_map(
+            |(request, flags, (mut payload, size), fds): (_, _, (Vec<u8>, _), _)| {
+                payload.resize(size, 0);
+                (request, flags, payload, fds)
+            },
+        )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_hostile_front_end_costs_its_own_connection_at_most(
+        messages in proptest::collection::vec(hostile(), 1..60)
+    ) {
+        let mut rig = rig("hostile");
+        rig.negotiate_features(FEATURES);
+        let memory = rig.memory.try_clone().unwrap();
+        let event = EventFd::new().unwrap();
+        let is_memory = |request| (5..7).contains(&request) || (32..39).contains(&request);
+        for (request, flags, payload, fds) in messages {
+            let fd = if is_memory(request) { memory.as_fd() } else { event.as_fd() };
+            let header = Header { request, flags, size: payload.len() as u32 };
+            let bytes = [header.as_bytes(), &payload].concat();
+            let sent = rig.front.send(&bytes, &vec![fd; fds]);
+            rig.run();
+            // The cores answer what they were asked.
+            for asked in rig.cores.take() {
+                match asked {
+                    Asked::Stop(index) | Asked::Reset(index) => rig.event(stopped(index, 1, 1)),
+                    Asked::SetMemory => rig.event(CoreEvent::MemoryReplaced { device: DEVICE }),
+                    Asked::Start(_) | Asked::SetCall(..) | Asked::EndSession => {}
+                }
+            }
+            if sent.is_err() || !rig.device.connected() {
+                prop_assert!(rig.device.is_quiet());
+                rig.reconnect();
+                rig.negotiate_features(FEATURES);
+            }
+            let mut fds = Vec::new();
+            while let Ok(Received::Bytes(_)) = rig.front.receive(&mut [0; 4096], &mut fds, 99) {}
+        }
+        rig.device.begin_close(&mut rig.cores);
+        for asked in rig.cores.take() {
+            if let Asked::Reset(index) = asked {
+                rig.event(stopped(index, 1, 1));
+            }
+        }
+        prop_assert!(rig.device.is_quiet());
     }
 }
