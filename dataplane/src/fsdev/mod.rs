@@ -10,6 +10,8 @@
 pub mod null;
 #[cfg(feature = "std")]
 pub mod passthrough;
+#[cfg(feature = "std")]
+pub mod registry;
 pub mod table;
 
 use core::ffi::CStr;
