@@ -9,7 +9,7 @@ use crate::virtio::queue::QueueState;
 
 /// One call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Call {
+pub(crate) enum Asked {
     Start(u16),
     Stop(u16),
     Reset(u16),
@@ -20,42 +20,42 @@ pub(crate) enum Call {
 
 #[derive(Debug, Default)]
 pub(crate) struct FakeCores {
-    pub(crate) calls: Vec<Call>,
+    pub(crate) calls: Vec<Asked>,
     /// Every start, in order.
     pub(crate) started: Vec<QueueStart>,
 }
 
 impl FakeCores {
     /// The calls since the last time.
-    pub(crate) fn take(&mut self) -> Vec<Call> {
+    pub(crate) fn take(&mut self) -> Vec<Asked> {
         std::mem::take(&mut self.calls)
     }
 }
 
 impl Cores for FakeCores {
     fn start_queue(&mut self, start: QueueStart) {
-        self.calls.push(Call::Start(start.index.0));
+        self.calls.push(Asked::Start(start.index.0));
         self.started.push(start);
     }
 
     fn stop_queue(&mut self, _device: DeviceId, index: QueueIdx) {
-        self.calls.push(Call::Stop(index.0));
+        self.calls.push(Asked::Stop(index.0));
     }
 
     fn reset_queue(&mut self, _device: DeviceId, index: QueueIdx) {
-        self.calls.push(Call::Reset(index.0));
+        self.calls.push(Asked::Reset(index.0));
     }
 
     fn set_call(&mut self, _device: DeviceId, index: QueueIdx, call: Option<Arc<EventFd>>) {
-        self.calls.push(Call::SetCall(index.0, call.is_some()));
+        self.calls.push(Asked::SetCall(index.0, call.is_some()));
     }
 
     fn set_memory(&mut self, _device: DeviceId, _map: Arc<GuestMap>) {
-        self.calls.push(Call::SetMemory);
+        self.calls.push(Asked::SetMemory);
     }
 
     fn end_session(&mut self, _device: DeviceId) {
-        self.calls.push(Call::EndSession);
+        self.calls.push(Asked::EndSession);
     }
 }
 

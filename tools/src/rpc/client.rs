@@ -36,6 +36,9 @@ pub(crate) enum CallError {
     /// The connection failed.
     #[error("the connection to the RPC socket has failed: {0}")]
     Connection(#[from] io::Error),
+    /// The request cannot be printed.
+    #[error("cannot write standard output: {0}")]
+    Print(io::Error),
     /// The server closed the connection.
     #[error("the service has closed the connection before it answered {0}")]
     Closed(String),
@@ -56,12 +59,12 @@ pub(crate) enum CallError {
         answer: String,
     },
     /// The service refuses.
-    #[error("request:\n{request:#}\nGot JSON-RPC error response\nresponse:\n{error:#}")]
+    #[error("request:\n{request}\nGot JSON-RPC error response\nresponse:\n{error}")]
     Refused {
-        /// The parameters, the method and the number of the request.
-        request: Value,
-        /// The error member.
-        error: Value,
+        /// The parameters, the method and the number of the request, as JSON.
+        request: String,
+        /// The error member, as JSON.
+        error: String,
     },
 }
 
@@ -77,7 +80,13 @@ pub(super) struct Client {
 impl Client {
     pub(super) fn new(options: Options) -> Client {
         let verbose = options.verbose;
-        Client { options, verbose, stream: None, received: Vec::new(), next: 1 }
+        Client {
+            options,
+            verbose,
+            stream: None,
+            received: Vec::new(),
+            next: 1,
+        }
     }
 
     /// Whether the next requests are logged, apart from what the options say.
@@ -85,8 +94,13 @@ impl Client {
         self.verbose = verbose || self.options.verbose;
     }
 
-    /// Sends a request and waits for its result; there is none in a dry run.
-    pub(super) fn call(&mut self, method: &str, params: &Map<String, Value>) -> Result<Option<Value>, CallError> {
+    /// Sends a request and waits for its result. In a dry run it prints the request instead, and there is none.
+    pub(super) fn call(
+        &mut self,
+        method: &str,
+        params: &Map<String, Value>,
+        out: &mut dyn Write,
+    ) -> Result<Option<Value>, CallError> {
         let id = self.next;
         self.next += 1;
         let mut request = json!({"jsonrpc": "2.0", "method": method, "id": id});
@@ -94,14 +108,15 @@ impl Client {
             request["params"] = json!(params);
         }
         if self.options.dry_run {
-            println!("{request:#}");
+            writeln!(out, "{request:#}").map_err(CallError::Print)?;
             return Ok(None);
         }
         if self.verbose {
             eprintln!("INFO: request:\n{request:#}");
         }
         let deadline = Instant::now() + self.options.timeout;
-        self.connection()?.write_all(request.to_string().as_bytes())?;
+        self.connection()?
+            .write_all(request.to_string().as_bytes())?;
         let mut response = self.receive(method, deadline)?;
         if self.verbose {
             eprintln!("INFO: response:\n{response:#}");
@@ -110,12 +125,19 @@ impl Client {
             let mut request = params.clone();
             request.insert("method".to_owned(), json!(method));
             request.insert("req_id".to_owned(), json!(id));
-            return Err(CallError::Refused { request: Value::Object(request), error: error.clone() });
+            let request = format!("{:#}", Value::Object(request));
+            return Err(CallError::Refused {
+                request,
+                error: format!("{error:#}"),
+            });
         }
         let belongs = response.get("id") == Some(&json!(id));
         match response.get_mut("result") {
             Some(result) if belongs => Ok(Some(result.take())),
-            _ => Err(CallError::NoResponse { method: method.to_owned(), answer: response.to_string() }),
+            _ => Err(CallError::NoResponse {
+                method: method.to_owned(),
+                answer: response.to_string(),
+            }),
         }
     }
 
@@ -139,7 +161,10 @@ impl Client {
                     return Ok(stream);
                 }
                 Err(error) if left == 0 => {
-                    return Err(CallError::Connect { socket: self.options.socket.clone(), error });
+                    return Err(CallError::Connect {
+                        socket: self.options.socket.clone(),
+                        error,
+                    });
                 }
                 Err(_) => {
                     left -= 1;
@@ -157,14 +182,26 @@ impl Client {
             if let Some(response) = self.take_response(method)? {
                 return Ok(response);
             }
-            let late = || CallError::Timeout { method: method.to_owned(), timeout };
-            let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
+            let late = || CallError::Timeout {
+                method: method.to_owned(),
+                timeout,
+            };
+            let left = deadline
+                .checked_duration_since(Instant::now())
+                .filter(|left| !left.is_zero());
             let stream = self.connection()?;
             stream.set_read_timeout(Some(left.ok_or_else(late)?))?;
             match stream.read(&mut buffer) {
                 Ok(0) => return Err(CallError::Closed(method.to_owned())),
-                Ok(count) => self.received.extend_from_slice(buffer.get(..count).unwrap_or_default()),
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                Ok(count) => self
+                    .received
+                    .extend_from_slice(buffer.get(..count).unwrap_or_default()),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    ) =>
+                {
                     return Err(late());
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -187,7 +224,10 @@ impl Client {
             }
             Some(Err(error)) if !error.is_eof() => {
                 let answer = String::from_utf8_lossy(&self.received).into_owned();
-                Err(CallError::NoResponse { method: method.to_owned(), answer })
+                Err(CallError::NoResponse {
+                    method: method.to_owned(),
+                    answer,
+                })
             }
             Some(Err(_)) | None => Ok(None),
         }

@@ -76,7 +76,9 @@ impl Failure {
 /// Whether the arguments of the process, its name first, ask for this command: the words after its name.
 pub fn requested(mut args: impl Iterator<Item = OsString>) -> Option<Vec<OsString>> {
     let program = args.next()?;
-    let name = std::path::Path::new(&program).file_name().and_then(OsStr::to_str);
+    let name = std::path::Path::new(&program)
+        .file_name()
+        .and_then(OsStr::to_str);
     if name.is_some_and(|name| NAMES.contains(&name)) {
         return Some(args.collect());
     }
@@ -85,7 +87,10 @@ pub fn requested(mut args: impl Iterator<Item = OsString>) -> Option<Vec<OsStrin
 
 /// Runs the command with the words after its name.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let words: Vec<String> = args.into_iter().map(|word| word.to_string_lossy().into_owned()).collect();
+    let words: Vec<String> = args
+        .into_iter()
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
     let mut stdout = std::io::stdout().lock();
     match run_words(&words, &mut stdout) {
         Ok(()) => ExitCode::SUCCESS,
@@ -100,7 +105,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run_words(words: &[String], out: &mut dyn Write) -> Result<(), Failure> {
     let (options, rest) = Options::parse(words)?;
     if options.help {
-        return print(out, &format!("{}\nmethods:\n{}", options::USAGE, cli::list()));
+        return print(
+            out,
+            &format!("{}\nmethods:\n{}", options::USAGE, cli::list()),
+        );
     }
     let mut client = Client::new(options);
     if let [name, words @ ..] = rest {
@@ -110,7 +118,9 @@ fn run_words(words: &[String], out: &mut dyn Write) -> Result<(), Failure> {
         return Err(Failure::NothingToDo);
     }
     let mut text = String::new();
-    std::io::stdin().read_to_string(&mut text).map_err(|error| Failure::Stream("cannot read standard input", error))?;
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .map_err(|error| Failure::Stream("cannot read standard input", error))?;
     run_script(&mut client, &text, out)
 }
 
@@ -133,7 +143,7 @@ fn execute(client: &mut Client, parsed: Parsed, out: &mut dyn Write) -> Result<(
     if let Handler::Client(command) = method.handler {
         return commands::run(client, command, params, out);
     }
-    match client.call(method.name, params)? {
+    match client.call(method.name, params, out)? {
         Some(result) if method.output == Output::Json => print_result(out, &result),
         Some(_) | None => Ok(()),
     }

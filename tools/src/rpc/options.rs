@@ -95,21 +95,29 @@ impl Options {
         option: &str,
         value: &mut dyn FnMut() -> Result<String, OptionsError>,
     ) -> Result<(), OptionsError> {
-        let bad =
-            |value: String, expected| OptionsError::BadValue { option: option.to_owned(), value, expected };
+        let bad = |value: String, expected| OptionsError::BadValue {
+            option: option.to_owned(),
+            value,
+            expected,
+        };
         match option {
             "-h" | "--help" => self.help = true,
             "-s" | "--server-addr" | "--server_addr" => self.socket = value()?.into(),
             "-p" | "--port" => return Err(OptionsError::Port(option.to_owned())),
             "-t" | "--timeout" => {
                 let text = value()?;
-                let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+                let seconds = text
+                    .parse()
+                    .ok()
+                    .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
                 let seconds = seconds.filter(|seconds| !seconds.is_zero());
                 self.timeout = seconds.ok_or_else(|| bad(text, "a number of seconds"))?;
             }
             "-r" | "--conn-retries" | "--conn_retries" => {
                 let text = value()?;
-                self.retries = text.parse().map_err(|_| bad(text, "a number of attempts"))?;
+                self.retries = text
+                    .parse()
+                    .map_err(|_| bad(text, "a number of attempts"))?;
             }
             "-v" => self.verbose = true,
             "--verbose" => {

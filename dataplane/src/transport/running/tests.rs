@@ -1,6 +1,6 @@
 use super::*;
 use crate::mem::Iova;
-use crate::transport::fake::{Call, DEVICE, FakeCores, stopped};
+use crate::transport::fake::{Asked, DEVICE, FakeCores, stopped};
 
 fn setup() -> QueueSetup {
     QueueSetup {
@@ -27,7 +27,7 @@ fn two_running() -> (RunningQueues, FakeCores) {
     for index in 0..2 {
         queues.start(QueueIdx(index), setup(), &mut cores);
     }
-    assert_eq!(cores.take(), [Call::Start(0), Call::Start(1)]);
+    assert_eq!(cores.take(), [Asked::Start(0), Asked::Start(1)]);
     (queues, cores)
 }
 
@@ -37,7 +37,7 @@ const REPLACED: CoreEvent = CoreEvent::MemoryReplaced { device: DEVICE };
 fn a_stopped_queue_tells_where_it_stands() {
     let (mut queues, mut cores) = two_running();
     assert!(!queues.stop(QueueIdx(1), &mut cores));
-    assert_eq!(cores.take(), [Call::Stop(1)]);
+    assert_eq!(cores.take(), [Asked::Stop(1)]);
     assert!(!queues.stop(QueueIdx(1), &mut cores), "still on its way");
     assert_eq!(cores.take(), []);
     let notice = queues.event(stopped(1, 5, 5), &mut cores);
@@ -51,7 +51,7 @@ fn a_stopped_queue_tells_where_it_stands() {
 fn a_pause_keeps_positions_and_a_resume_goes_on_there_with_a_kick() {
     let (mut queues, mut cores) = two_running();
     queues.pause(&mut cores);
-    assert_eq!(cores.take(), [Call::Stop(0), Call::Stop(1)]);
+    assert_eq!(cores.take(), [Asked::Stop(0), Asked::Stop(1)]);
     assert_eq!(queues.event(stopped(0, 3, 3), &mut cores), None);
     assert!(!queues.is_paused());
     assert_eq!(queues.event(stopped(1, 9, 8), &mut cores), None);
@@ -61,7 +61,7 @@ fn a_pause_keeps_positions_and_a_resume_goes_on_there_with_a_kick() {
     assert!(queues.stop(QueueIdx(0), &mut cores));
     assert_eq!(cores.take(), []);
     queues.resume(&mut cores);
-    assert_eq!(cores.take(), [Call::Start(1), Call::Start(2)]);
+    assert_eq!(cores.take(), [Asked::Start(1), Asked::Start(2)]);
     assert!(!queues.is_paused());
     let again = &cores.started[2];
     assert_eq!((again.config.state.avail, again.config.state.used), (9, 8));
@@ -75,7 +75,7 @@ fn a_resume_before_the_pause_is_complete_restarts_what_stops() {
     queues.resume(&mut cores);
     cores.take();
     assert_eq!(queues.event(stopped(0, 7, 7), &mut cores), None);
-    assert_eq!(cores.take(), [Call::Start(0)]);
+    assert_eq!(cores.take(), [Asked::Start(0)]);
     assert_eq!(cores.started[2].config.state.avail, 7);
 }
 
@@ -86,7 +86,7 @@ fn a_reset_ends_the_session_once_everything_is_out() {
     assert!(!queues.set_memory(Arc::default(), &mut cores));
     cores.take();
     assert!(!queues.reset(&mut cores));
-    assert_eq!(cores.take(), [Call::Reset(1)]);
+    assert_eq!(cores.take(), [Asked::Reset(1)]);
     assert!(!queues.is_quiet());
     assert_eq!(queues.event(stopped(0, 1, 1), &mut cores), None);
     assert_eq!(queues.event(stopped(1, 1, 1), &mut cores), None);
@@ -97,11 +97,11 @@ fn a_reset_ends_the_session_once_everything_is_out() {
     assert_eq!(queues.event(failed, &mut cores), None);
     assert_eq!(cores.take(), []);
     assert_eq!(queues.event(REPLACED, &mut cores), Some(Notice::ResetDone));
-    assert_eq!(cores.take(), [Call::EndSession]);
+    assert_eq!(cores.take(), [Asked::EndSession]);
     assert!(queues.is_quiet());
     assert_eq!(queues.state(QueueIdx(0)), QueueState::default());
     assert!(queues.reset(&mut cores), "nothing runs");
-    assert_eq!(cores.take(), [Call::EndSession]);
+    assert_eq!(cores.take(), [Asked::EndSession]);
 }
 
 #[test]
@@ -116,7 +116,7 @@ fn a_reset_while_paused_leaves_the_device_paused() {
     queues.start(QueueIdx(0), setup(), &mut cores);
     assert_eq!(cores.take(), []);
     queues.resume(&mut cores);
-    assert_eq!(cores.take(), [Call::Start(0)]);
+    assert_eq!(cores.take(), [Asked::Start(0)]);
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn memory_changes_at_once_when_nothing_runs_and_is_awaited_otherwise() {
     assert_eq!(cores.take(), []);
     let (mut queues, mut cores) = two_running();
     assert!(!queues.set_memory(Arc::default(), &mut cores));
-    assert_eq!(cores.take(), [Call::SetMemory]);
+    assert_eq!(cores.take(), [Asked::SetMemory]);
     assert_eq!(
         queues.event(REPLACED, &mut cores),
         Some(Notice::MemoryReplaced)
@@ -138,9 +138,9 @@ fn memory_changes_at_once_when_nothing_runs_and_is_awaited_otherwise() {
 fn a_setup_that_changes_while_the_queue_runs_takes_over_where_it_stands() {
     let (mut queues, mut cores) = two_running();
     queues.start(QueueIdx(0), setup(), &mut cores);
-    assert_eq!(cores.take(), [Call::Stop(0)]);
+    assert_eq!(cores.take(), [Asked::Stop(0)]);
     assert_eq!(queues.event(stopped(0, 4, 4), &mut cores), None);
-    assert_eq!(cores.take(), [Call::Start(0)]);
+    assert_eq!(cores.take(), [Asked::Start(0)]);
     assert_eq!(cores.started[2].config.state.avail, 4);
 }
 
@@ -149,7 +149,7 @@ fn interrupts_move_for_running_and_for_paused_queues() {
     let (mut queues, mut cores) = two_running();
     let call = Some(Arc::new(EventFd::new().unwrap()));
     queues.set_call(QueueIdx(0), call.clone(), &mut cores);
-    assert_eq!(cores.take(), [Call::SetCall(0, true)]);
+    assert_eq!(cores.take(), [Asked::SetCall(0, true)]);
     queues.pause(&mut cores);
     queues.event(stopped(0, 0, 0), &mut cores);
     queues.event(stopped(1, 0, 0), &mut cores);

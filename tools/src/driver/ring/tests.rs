@@ -252,7 +252,7 @@ fn interrupts_come_only_when_asked_for_and_a_completion_before_that_is_not_misse
 fn a_device_that_breaks_the_rules_gives_an_error_and_no_panic() {
     let (mut ring, mut peer, buffer) = ring(EVENTS);
     let (read, write) = ([buffer.part(0, 8)], [buffer.part(8, 8)]);
-    let mut submit_one = |ring: &mut SplitRing, peer: &mut Peer| {
+    let submit_one = |ring: &mut SplitRing, peer: &mut Peer| {
         ring.submit(&read, &write, 0).expect("room");
         ring.publish();
         peer.pop().expect("a chain").0
@@ -264,18 +264,18 @@ fn a_device_that_breaks_the_rules_gives_an_error_and_no_panic() {
     // The entry that broke the rules stays where it is: the ring does not recover.
     assert!(ring.pop().is_err());
 
-    let (mut ring, mut peer, _) = super::tests::ring(EVENTS);
+    let (mut ring, mut peer, _) = tests::ring(EVENTS);
     let other = head + 1;
     submit_one(&mut ring, &mut peer);
     peer.complete(other.into(), 0);
     assert_eq!(ring.pop(), Err(RingError::NotInFlight(other.into())));
 
-    let (mut ring, mut peer, _) = super::tests::ring(EVENTS);
+    let (mut ring, mut peer, _) = tests::ring(EVENTS);
     let head = submit_one(&mut ring, &mut peer);
     peer.complete(head.into(), 9);
     assert_eq!(ring.pop(), Err(RingError::TooLong { len: 9, room: 8 }));
 
-    let (mut ring, mut peer, _) = super::tests::ring(EVENTS);
+    let (mut ring, mut peer, _) = tests::ring(EVENTS);
     submit_one(&mut ring, &mut peer);
     peer.set_used_idx(2);
     let error = RingError::TooMany {
