@@ -15,15 +15,19 @@ use std::sync::Arc;
 
 use ferry_shared::msg::{DeviceSpec, Failure};
 
+use self::vfio_user::VfioUser;
 use self::vhost_user::VhostUser;
 use crate::engine::{CoreEvent, Cores, DeviceId};
 use crate::os::poller::Poller;
+use crate::platform::StaticFunction;
 
 /// A device's way to its driver.
 #[derive(Debug)]
 pub enum Transport {
     /// Behind a vhost-user socket.
     VhostUser(VhostUser),
+    /// An emulated PCIe function behind a vfio-user socket.
+    VfioUser(VfioUser),
 }
 
 impl Transport {
@@ -37,10 +41,22 @@ impl Transport {
         VhostUser::open(spec, id, socket, poller).map(Transport::VhostUser)
     }
 
+    /// Listens on the vfio-user socket of a function of the platform.
+    pub fn open_vfio_user(
+        spec: &DeviceSpec,
+        id: DeviceId,
+        place: &StaticFunction,
+        socket: &Path,
+        poller: Arc<Poller>,
+    ) -> Result<Transport, Failure> {
+        VfioUser::open(spec, id, place, socket, poller).map(Transport::VfioUser)
+    }
+
     /// Something is ready that the transport has added to the poller as `local`.
     pub fn ready(&mut self, local: u32, cores: &mut dyn Cores) {
         match self {
             Transport::VhostUser(device) => device.ready(local, cores),
+            Transport::VfioUser(device) => device.ready(local, cores),
         }
     }
 
@@ -48,6 +64,7 @@ impl Transport {
     pub fn core_event(&mut self, event: CoreEvent, cores: &mut dyn Cores) {
         match self {
             Transport::VhostUser(device) => device.core_event(event, cores),
+            Transport::VfioUser(device) => device.core_event(event, cores),
         }
     }
 
@@ -55,6 +72,7 @@ impl Transport {
     pub fn pause(&mut self, cores: &mut dyn Cores) {
         match self {
             Transport::VhostUser(device) => device.pause(cores),
+            Transport::VfioUser(device) => device.pause(cores),
         }
     }
 
@@ -62,6 +80,7 @@ impl Transport {
     pub fn resume(&mut self, cores: &mut dyn Cores) {
         match self {
             Transport::VhostUser(device) => device.resume(cores),
+            Transport::VfioUser(device) => device.resume(cores),
         }
     }
 
@@ -69,6 +88,7 @@ impl Transport {
     pub fn begin_close(&mut self, cores: &mut dyn Cores) {
         match self {
             Transport::VhostUser(device) => device.begin_close(cores),
+            Transport::VfioUser(device) => device.begin_close(cores),
         }
     }
 
@@ -76,6 +96,7 @@ impl Transport {
     pub fn is_quiet(&self) -> bool {
         match self {
             Transport::VhostUser(device) => device.is_quiet(),
+            Transport::VfioUser(device) => device.is_quiet(),
         }
     }
 
@@ -83,6 +104,7 @@ impl Transport {
     pub fn is_paused(&self) -> bool {
         match self {
             Transport::VhostUser(device) => device.is_paused(),
+            Transport::VfioUser(device) => device.is_paused(),
         }
     }
 
@@ -90,6 +112,7 @@ impl Transport {
     pub fn connected(&self) -> bool {
         match self {
             Transport::VhostUser(device) => device.connected(),
+            Transport::VfioUser(device) => device.connected(),
         }
     }
 }
