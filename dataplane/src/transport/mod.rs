@@ -27,7 +27,7 @@ pub enum Transport {
     /// Behind a vhost-user socket.
     VhostUser(VhostUser),
     /// An emulated PCIe function behind a vfio-user socket.
-    VfioUser(VfioUser),
+    VfioUser(Box<VfioUser>),
 }
 
 impl Transport {
@@ -49,7 +49,8 @@ impl Transport {
         socket: &Path,
         poller: Arc<Poller>,
     ) -> Result<Transport, Failure> {
-        VfioUser::open(spec, id, place, socket, poller).map(Transport::VfioUser)
+        let device = VfioUser::open(spec, id, place, socket, poller)?;
+        Ok(Transport::VfioUser(Box::new(device)))
     }
 
     /// Something is ready that the transport has added to the poller as `local`.
