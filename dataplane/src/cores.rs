@@ -58,7 +58,7 @@ pub enum PollMode {
 
 /// What a core can be told.
 enum CoreMessage<B> {
-    Start(StartQueue<B, Arc<EventFd>>, Arc<EventFd>),
+    Start(Box<StartQueue<B, Arc<EventFd>>>, Arc<EventFd>),
     Stop {
         device: DeviceId,
         index: QueueIdx,
@@ -323,7 +323,7 @@ impl<B: Backend> Core<B> {
         match message {
             CoreMessage::Start(start, kick) => {
                 sys.watch(start.device, start.index, kick);
-                reactor.start(start, sys);
+                reactor.start(*start, sys);
             }
             CoreMessage::Stop {
                 device,
@@ -571,7 +571,7 @@ impl<B: Backend> Cores for CoreSet<B> {
             call: start.call,
             shared: Arc::clone(&entry.shared),
         };
-        self.mailboxes[core].post(CoreMessage::Start(to_core, start.kick));
+        self.mailboxes[core].post(CoreMessage::Start(Box::new(to_core), start.kick));
     }
 
     fn stop_queue(&mut self, device: DeviceId, index: QueueIdx) {

@@ -1,5 +1,6 @@
 //! The reactor, stepped by hand over a model driver and a world that does nothing by itself.
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -124,7 +125,7 @@ struct Rig {
 
 impl Rig {
     fn new(slots: u32, buffers: u32) -> Rig {
-        let memory = alloc::boxed::Box::leak(
+        let memory = Box::leak(
             vec![0u8; buffers as usize * DATA_BUFFER_STRIDE].into_boxed_slice(),
         );
         // SAFETY: the leaked box has room for `buffers` buffers, and nothing else refers to it.
@@ -137,7 +138,7 @@ impl Rig {
             Some(Arc::clone(&model)),
         ));
         let mut world = World::default();
-        let mut rig_driver = driver.clone();
+        let rig_driver = driver.clone();
         rig_driver.set_interrupts(true);
         core.start(start(&driver, &shared), &mut world);
         let mut rig = Rig {

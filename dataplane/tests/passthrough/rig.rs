@@ -432,3 +432,30 @@ pub(crate) fn host_flock(file: &fs::File, operation: i32) -> bool {
     // SAFETY: takes no pointer.
     unsafe { libc::flock(file.as_raw_fd(), operation | libc::LOCK_NB) == 0 }
 }
+
+/// A small file system on a directory, unmounted at the end.
+pub(crate) struct Mounted(CString);
+
+impl Mounted {
+    /// `None`, with a word about it, where this process may not mount.
+    pub(crate) fn tmpfs(at: &Path) -> Option<Mounted> {
+        let path = CString::new(at.as_os_str().as_bytes()).unwrap();
+        let (kind, options) = (c"tmpfs".as_ptr(), c"size=1m".as_ptr());
+        // SAFETY: all strings are NUL-terminated.
+        let ret = unsafe { libc::mount(kind, path.as_ptr(), kind, 0, options.cast()) };
+        if ret != 0 {
+            let error = std::io::Error::last_os_error();
+            assert!(std::env::var_os("REQUIRE_ALL").is_none(), "{error}");
+            eprintln!("SKIP cannot mount: {error}");
+            return None;
+        }
+        Some(Mounted(path))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // SAFETY: the path is NUL-terminated.
+        unsafe { libc::umount2(self.0.as_ptr(), libc::MNT_DETACH) };
+    }
+}

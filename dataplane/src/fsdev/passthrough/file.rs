@@ -390,6 +390,9 @@ impl Passthrough {
         let from = self.handles.file(arg.fh_in, nodeid)?;
         let to = self.handles.file(arg.fh_out, arg.nodeid_out)?;
         self.strip_for(caller, &to)?;
+        // The host copies through its page cache, in pieces of its own choice.
+        self.settle_direct(&from, 0, Segments::empty(), true)?;
+        self.settle_direct(&to, 0, Segments::empty(), true)?;
         let len = arg.len.min(MAX_COPY) as usize;
         sys::copy_range(from.fd(), arg.off_in, to.fd(), arg.off_out, len)
     }

@@ -129,12 +129,6 @@ impl Passthrough {
         })
     }
 
-    /// Changes whenever a lock may have been released, by any device of this process: SETLKW need not be tried again
-    /// before. A lock that a process of the host releases does not show here.
-    pub fn lock_epoch(&self) -> u64 {
-        lock::epoch()
-    }
-
     /// How many inodes (the root included), open files and lock owners there are.
     pub fn usage(&self) -> (u32, u32, u32) {
         (self.inodes.live(), self.handles.live(), self.locks.live())
@@ -184,26 +178,15 @@ fn is_remote(kind: i64) -> bool {
 
 impl FsDev for Passthrough {
     fn offer(&self) -> Offer {
-        let mut flags = FUSE_ASYNC_READ
-            | FUSE_POSIX_LOCKS
+        let mut flags = FUSE_POSIX_LOCKS
+            | FUSE_FLOCK_LOCKS
             | FUSE_ATOMIC_O_TRUNC
             | FUSE_EXPORT_SUPPORT
-            | FUSE_BIG_WRITES
             | FUSE_DONT_MASK
-            | FUSE_FLOCK_LOCKS
-            | FUSE_HAS_IOCTL_DIR
             | FUSE_AUTO_INVAL_DATA
-            | FUSE_DO_READDIRPLUS
-            | FUSE_READDIRPLUS_AUTO
-            | FUSE_ASYNC_DIO
-            | FUSE_PARALLEL_DIROPS
             | FUSE_HANDLE_KILLPRIV
-            | FUSE_MAX_PAGES
-            | FUSE_CACHE_SYMLINKS
-            | FUSE_SUBMOUNTS
             | FUSE_HANDLE_KILLPRIV_V2
-            | FUSE_SETXATTR_EXT
-            | FUSE_INIT_EXT
+            | FUSE_SUBMOUNTS
             | FUSE_CREATE_SUPP_GROUP
             | FUSE_DIRECT_IO_ALLOW_MMAP;
         if self.spec.enable_xattr {
@@ -246,6 +229,10 @@ impl FsDev for Passthrough {
             FUSE_SYNCFS | FUSE_COPY_FILE_RANGE | FUSE_COPY_FILE_RANGE_64 => true,
             _ => everything,
         }
+    }
+
+    fn lock_epoch(&self) -> u64 {
+        lock::epoch()
     }
 
     fn unpin(&self, pin: Pin, _op: IoOp, _result: i32) {
