@@ -11,7 +11,7 @@ use syn::{Item, Type};
 /// Include directory of the kernel headers, if not the system's.
 const HEADERS: &str = "FERRY_KERNEL_HEADERS";
 const NAMES: &str =
-    "(fuse|FUSE|FATTR|FOPEN|CUSE|cuse|virtio|VIRTIO|vring|VRING|vfio|VFIO|PCI)_.*|vring|VIRTIO_.*";
+    "(fuse|FUSE|FATTR|FOPEN|CUSE|cuse|virtio|VIRTIO|vring|VRING|vfio|VFIO|vhost|VHOST|PCI)_.*";
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=include/kernel.h");

@@ -3,6 +3,7 @@
 //!
 //! Everything runs on one thread. No borrow of the model lives across an await.
 
+use core::cell::Cell;
 use core::cell::Ref;
 use core::cell::RefCell;
 use core::cell::RefMut;
@@ -15,6 +16,7 @@ use ferry_shared::msg::Failure;
 use ferry_shared::msg::Item;
 use ferry_shared::msg::Reply;
 use serde_json::Value;
+use tokio::sync::Notify;
 use tokio::sync::watch;
 
 use crate::dataplane::Link;
@@ -66,6 +68,10 @@ pub struct App {
     link: RefCell<Result<Rc<dyn Link>, String>>,
     /// Whether there is a link; `None` before the first attempt has ended.
     linked: watch::Sender<Option<bool>>,
+    /// Whether somebody makes attempts.
+    connecting: Cell<bool>,
+    /// Asks for an attempt without delay.
+    impatient: Notify,
     phase: watch::Sender<Phase>,
     disabled: RefCell<Vec<&'static str>>,
     allowed: Option<Vec<String>>,
@@ -78,6 +84,8 @@ impl App {
             model: RefCell::default(),
             link: RefCell::new(Err("no attempt to connect has been made yet".to_owned())),
             linked: watch::Sender::new(None),
+            connecting: Cell::new(false),
+            impatient: Notify::new(),
             phase: watch::Sender::new(Phase::Startup),
             disabled: RefCell::default(),
             allowed,
@@ -152,7 +160,7 @@ impl App {
                 .strip_prefix(*subsystem)
                 .is_some_and(|rest| rest.starts_with('_'))
         };
-        allowed && !self.disabled.borrow().iter().any(|subsystem| of(subsystem))
+        allowed && !self.disabled.borrow().iter().any(of)
     }
 
     /// Whether a method may be called in the present state.
@@ -188,6 +196,9 @@ impl App {
         let method = self.find(name)?;
         self.check_state(method)?;
         let args = decode::decode(method, params)?;
+        if method.dataplane || matches!(method.handler, Handler::Later(_)) {
+            self.look_again().await;
+        }
         if method.dataplane {
             self.link()?;
         }
@@ -205,6 +216,23 @@ impl App {
                 format!("Method not found: {name}"),
             )),
         }
+    }
+
+    /// While there is no link, waits for one more attempt, so that a request which follows the start of the data plane
+    /// finds it.
+    async fn look_again(&self) {
+        if self.link.borrow().is_err() && self.connecting.get() {
+            let mut attempts = self.linked.subscribe();
+            self.impatient.notify_one();
+            // The sender lives in `self`, so the channel cannot be closed.
+            let _ = attempts.changed().await;
+        }
+    }
+
+    /// Resolves when a request would have an attempt made now; whoever calls this makes it.
+    pub async fn impatience(&self) {
+        self.connecting.set(true);
+        self.impatient.notified().await;
     }
 
     fn link(&self) -> Result<Rc<dyn Link>, Failure> {
@@ -225,7 +253,7 @@ impl App {
             return Ok(());
         };
         let outcome = self.send(ticket.command.clone()).await;
-        self.model_mut().finish(ticket, outcome.is_ok());
+        self.model_mut().finish(*ticket, outcome.is_ok());
         outcome.map(drop)
     }
 

@@ -63,11 +63,6 @@ impl Framer {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// Whether a request has begun and not ended.
-    pub fn is_incomplete(&self) -> bool {
-        !self.bytes.iter().all(|byte| is_blank(*byte))
-    }
-
     /// The next request, if one is complete.
     pub fn next_request(&mut self) -> Option<Result<Request, Rejection>> {
         if self.scanned == 0 {

@@ -11,3 +11,31 @@ pub mod framing;
 pub mod model;
 pub mod rpc;
 pub mod server;
+
+/// A fresh directory for one test, removed with the value.
+#[cfg(test)]
+fn test_dir(name: &str) -> TestDir {
+    let path = std::env::temp_dir().join(format!("ferry-cp-{}-{name}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&path);
+    std::fs::create_dir(&path).expect("a directory for the test");
+    TestDir(path)
+}
+
+#[cfg(test)]
+struct TestDir(std::path::PathBuf);
+
+#[cfg(test)]
+impl core::ops::Deref for TestDir {
+    type Target = std::path::Path;
+
+    fn deref(&self) -> &std::path::Path {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+impl Drop for TestDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -99,15 +99,18 @@ struct Initial {
 
 async fn serve(options: Options) -> anyhow::Result<()> {
     let app = App::new(options.rpcs_allowed);
-    let entries = match &options.config {
+    // Container templates set variables to nothing.
+    let given = |path: &&PathBuf| !path.as_os_str().is_empty();
+    let entries = match options.config.as_ref().filter(given) {
         Some(path) => config::parse(&config::read_file(path)?)
             .with_context(|| format!("cannot use configuration {}", path.display()))?,
         None => Vec::new(),
     };
     let script = options
         .init_conf
-        .as_deref()
-        .map(config::read_file)
+        .as_ref()
+        .filter(given)
+        .map(|path| config::read_file(path))
         .transpose()?;
     let initial = Initial {
         entries,

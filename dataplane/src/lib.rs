@@ -28,6 +28,8 @@ pub mod slot;
 pub mod virtio;
 
 #[cfg(feature = "std")]
+pub mod control;
+#[cfg(feature = "std")]
 pub mod cores;
 #[cfg(feature = "std")]
 pub mod cpumask;
@@ -39,5 +41,7 @@ pub mod mailbox;
 pub mod os;
 #[cfg(feature = "std")]
 pub mod platform;
+#[cfg(feature = "std")]
+pub mod service;
 #[cfg(feature = "std")]
 pub mod transport;

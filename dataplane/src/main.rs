@@ -1,2 +1,203 @@
-//! The data plane process.
-fn main() {}
+//! `ferry-dataplane`: the privileged process. Sets up memory, cores and sockets, and then runs the management thread.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Parser;
+use ferry_dataplane::control::Control;
+use ferry_dataplane::cores::{
+    CoreOptions, CoreSet, DEFAULT_BUFFERS_PER_CORE, MIN_BUFFERS_PER_CORE, PollMode, core_memory,
+};
+use ferry_dataplane::cpumask::CpuMask;
+use ferry_dataplane::os::arena::{Arena, Pages};
+use ferry_dataplane::os::poller::{Poller, Token};
+use ferry_dataplane::os::signal::Signals;
+use ferry_dataplane::platform::Platform;
+use ferry_dataplane::pool::DATA_BUFFER_STRIDE;
+use ferry_dataplane::service::Service;
+use ferry_shared::handshake::server::Listener;
+
+/// A core has something to say.
+const CORES: Token = Token {
+    device: Token::SERVICE,
+    local: 2,
+};
+/// A signal has come.
+const SIGNALS: Token = Token {
+    device: Token::SERVICE,
+    local: 3,
+};
+
+/// Serves virtio-fs functions: queues, FUSE and file systems.
+#[derive(Debug, Parser)]
+#[command(name = "ferry-dataplane", version)]
+struct Options {
+    /// CPUs to run on, one core each: a hexadecimal mask (0x3) or a list ([0,2-3])
+    #[arg(short = 'm', long, value_name = "MASK", default_value = "0x1")]
+    cpumask: CpuMask,
+    /// Memory for request slots and data buffers of all cores, in MiB [default: 32 data buffers a core]
+    #[arg(short = 's', long, value_name = "MIB")]
+    mem_size: Option<usize>,
+    /// Use normal pages
+    #[arg(long)]
+    no_huge: bool,
+    /// Directory of the sockets
+    #[arg(long, value_name = "DIR", default_value = "/run/ferry")]
+    run_dir: PathBuf,
+    /// What the emulated platform offers [default: one manager mlx5_0 with static functions]
+    #[arg(long, value_name = "FILE")]
+    platform: Option<PathBuf>,
+    /// When cores poll
+    #[arg(long, value_enum, default_value_t = Poll::Adaptive)]
+    poll: Poll,
+    /// User id that may connect as the control plane, besides root and this process's own
+    #[arg(long, value_name = "UID")]
+    control_uid: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Poll {
+    /// Poll while there is work, then sleep
+    Adaptive,
+    /// Always poll
+    Busy,
+    /// Always sleep when there is nothing to do
+    Interrupt,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FERRY_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options) -> anyhow::Result<()> {
+    // Before any thread exists, so that all of them have these signals blocked.
+    let signals = Signals::block().context("cannot take signals over")?;
+    raise_fd_limit();
+    let platform = Platform::load(options.platform.as_deref())?;
+    let listener = Listener::bind(&options.run_dir, options.control_uid)?;
+    let run_dir = options
+        .run_dir
+        .canonicalize()
+        .context("cannot resolve the run directory")?;
+    for sub in ["pci", "vhost"] {
+        let dir = run_dir.join(sub);
+        std::fs::create_dir_all(&dir)
+            .with_context(|| format!("cannot create {}", dir.display()))?;
+    }
+    let poller = Arc::new(Poller::new().context("cannot create an epoll instance")?);
+    let cpus = options.cpumask.cpus();
+    let (mut arena, buffers) = memory(&options, cpus.len())?;
+    let mode = match options.poll {
+        Poll::Adaptive => PollMode::Adaptive,
+        Poll::Busy => PollMode::Busy,
+        Poll::Interrupt => PollMode::Interrupt,
+    };
+    let core_options = CoreOptions {
+        cpus: cpus.clone(),
+        mode,
+        buffers,
+    };
+    let cores = CoreSet::start(&core_options, &mut arena).context("cannot start the cores")?;
+    poller.add(cores.event_fd(), CORES)?;
+    poller.add(&signals, SIGNALS)?;
+    let control = Control::new(listener, Arc::clone(&poller))?;
+    let service = Service::new(platform, run_dir.clone(), cpus, cores, Arc::clone(&poller));
+    tracing::info!(run_dir = %run_dir.display(), cpumask = %options.cpumask, buffers, "ready");
+    serve(service, control, &poller, &signals)
+}
+
+/// Gets the memory that all cores work in.
+fn memory(options: &Options, cores: usize) -> anyhow::Result<(Arena, u32)> {
+    let least = cores * core_memory(MIN_BUFFERS_PER_CORE);
+    let buffers = match options.mem_size {
+        None => DEFAULT_BUFFERS_PER_CORE,
+        Some(mib) => {
+            let bytes = mib.saturating_mul(1 << 20);
+            anyhow::ensure!(
+                bytes >= least,
+                "--mem-size {mib} is too small for {cores} cores: at least {} MiB are needed",
+                least.div_ceil(1 << 20)
+            );
+            let spare = (bytes / cores).saturating_sub(core_memory(0));
+            u32::try_from(spare / DATA_BUFFER_STRIDE).unwrap_or(u32::MAX)
+        }
+    };
+    let bytes = cores * core_memory(buffers);
+    let arena = Arena::new(bytes, !options.no_huge)
+        .with_context(|| format!("cannot map {} MiB of memory", bytes.div_ceil(1 << 20)))?;
+    if arena.pages() == Pages::Normal && !options.no_huge {
+        tracing::warn!(
+            "no {} hugepages of 2 MiB are free: running on normal pages, slower; reserve them with \
+             `sysctl vm.nr_hugepages={0}`, or say --no-huge",
+            bytes.div_ceil(2 << 20)
+        );
+    }
+    Ok((arena, buffers))
+}
+
+/// Inodes and open files take descriptors: as many as the system allows.
+fn raise_fd_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+/// The management thread: sockets, commands, and what the cores report. It never waits for a guest or a file.
+fn serve(
+    mut service: Service,
+    mut control: Control,
+    poller: &Poller,
+    signals: &Signals,
+) -> anyhow::Result<()> {
+    let mut ready = Vec::new();
+    loop {
+        service.drain_cores();
+        let commands = control.commands();
+        let more = !commands.is_empty();
+        for (seq, command) in commands {
+            service.command(seq, command);
+        }
+        control.send(service.take_answers(), service.take_events());
+        if more {
+            continue;
+        }
+        let sleep = control.prepare_sleep() && service.cores().prepare_sleep();
+        poller
+            .wait(&mut ready, if sleep { -1 } else { 0 })
+            .context("epoll failed")?;
+        service.cores().awake();
+        control.wake();
+        for &token in &ready {
+            match token {
+                Control::LISTENER => control.accept(),
+                Control::CONNECTION | CORES => {}
+                SIGNALS => {
+                    if signals.take() {
+                        tracing::info!("stopping");
+                        service.shut_down();
+                        return Ok(());
+                    }
+                }
+                device => service.ready(device),
+            }
+        }
+    }
+}

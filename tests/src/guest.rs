@@ -82,7 +82,7 @@ impl Guest {
     /// # Errors
     /// When QEMU or the kernel has not been fetched.
     pub fn qemu(kernel: Kernel) -> Result<Self> {
-        let rigs = Rigs::find(&["qemu", kernel.part()])?;
+        let rigs = Rigs::find(&["qemu", "busybox", kernel.part()])?;
         Ok(Self::new(
             Machine::Qemu {
                 kernel,
@@ -97,7 +97,10 @@ impl Guest {
     /// # Errors
     /// When User-Mode-Linux has not been fetched.
     pub fn user_mode() -> Result<Self> {
-        Ok(Self::new(Machine::UserMode, Rigs::find(&["uml-forky"])?))
+        Ok(Self::new(
+            Machine::UserMode,
+            Rigs::find(&["uml-forky", "busybox"])?,
+        ))
     }
 
     fn new(machine: Machine, rigs: Rigs) -> Self {
@@ -190,7 +193,7 @@ impl Guest {
             Machine::UserMode => "uml-forky",
         };
         let mut archive = Initramfs::new()?;
-        archive.copy("bin/busybox", &busybox()?)?;
+        archive.copy("bin/busybox", &self.rigs.path("busybox/busybox"))?;
         archive.copy("init", &repository().join("tests/guest/init"))?;
         archive.file("script", script.as_bytes())?;
         let modules = self.rigs.modules(part)?;
@@ -330,14 +333,6 @@ impl Outcome {
 /// Emulation works everywhere, also where `/dev/kvm` is there but incomplete; `FERRY_GUEST_ACCEL=kvm` asks for more speed.
 fn accelerator() -> String {
     std::env::var("FERRY_GUEST_ACCEL").unwrap_or_else(|_| "tcg".to_owned())
-}
-
-fn busybox() -> Result<PathBuf> {
-    let found = ["/bin/busybox", "/usr/bin/busybox"]
-        .map(PathBuf::from)
-        .into_iter()
-        .find(|path| path.exists());
-    found.context("no busybox: install busybox-static")
 }
 
 fn text(path: &Path) -> String {

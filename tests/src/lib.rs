@@ -17,10 +17,11 @@ mod temp;
 
 pub use guest::{Device, Guest, Kernel, Outcome};
 pub use process::{Process, wait_until};
-pub use rigs::Rigs;
-pub use service::{Reply, Service, ServiceConfig, binary};
+pub use rigs::{Rigs, build_checks};
+pub use service::{HostMount, Reply, Service, ServiceConfig, binary};
 pub use temp::TempDir;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The root of the repository.
@@ -38,7 +39,10 @@ pub fn skip(why: &str) {
         std::env::var_os("FERRY_REQUIRE_ALL").is_none(),
         "cannot run, and FERRY_REQUIRE_ALL is set: {why}"
     );
-    eprintln!("SKIP {why}");
+    // not through eprintln: the test runner would keep that to itself
+    if let Err(error) = writeln!(std::io::stderr(), "SKIP {why}") {
+        panic!("cannot even say that a test is skipped: {error}");
+    }
 }
 
 /// The value of a `Result`, or a skipped test: returns from the calling test function.

@@ -55,7 +55,7 @@ impl Rigs {
 ///
 /// # Errors
 /// When there is no C compiler or the program does not compile.
-pub(crate) fn build_checks(dir: &Path) -> Result<PathBuf> {
+pub fn build_checks(dir: &Path) -> Result<PathBuf> {
     let source = repository().join("tests/guest");
     let program = dir.join("checks");
     let mut files: Vec<PathBuf> = fs::read_dir(&source)?

@@ -6,6 +6,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::env;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -38,6 +40,14 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// A directory in which the unprivileged control plane may create its socket.
+fn open_directory(dir: &TempDir) -> Result<PathBuf> {
+    let path = dir.make_dir("rpc");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o1777))
+        .context("open the socket's directory to everyone")?;
+    Ok(path)
+}
+
 /// How to start a service.
 #[derive(Clone, Debug, Default)]
 pub struct ServiceConfig {
@@ -53,6 +63,13 @@ pub struct Service {
     process: Process,
     dir: TempDir,
     rpc_socket: PathBuf,
+}
+
+/// A function mounted on this host by `ferry mount`; dropping it unmounts.
+#[derive(Debug)]
+pub struct HostMount {
+    process: Process,
+    dir: PathBuf,
 }
 
 /// What one `ferry rpc` command did.
@@ -84,7 +101,7 @@ impl Service {
             binary(name)?;
         }
         let dir = TempDir::new();
-        let rpc_socket = dir.join("rpc.sock");
+        let rpc_socket = open_directory(&dir)?.join("rpc.sock");
         let mut command = Command::new(binary("ferry")?);
         command
             .arg("up")
@@ -128,11 +145,8 @@ impl Service {
     /// When the tool cannot be run.
     pub fn rpc_script(&self, script: &str) -> Result<Reply> {
         let file = self.dir.join("script.conf");
-        std::fs::write(&file, script)?;
-        let output = self
-            .rpc_command()?
-            .stdin(std::fs::File::open(&file)?)
-            .output();
+        fs::write(&file, script)?;
+        let output = self.rpc_command()?.stdin(fs::File::open(&file)?).output();
         Ok(Reply::new(&output.context("run ferry rpc")?))
     }
 
@@ -203,6 +217,65 @@ impl Service {
         Ok(())
     }
 
+    /// Brings up a DOCA device on the first static function and gives the function's socket.
+    ///
+    /// # Errors
+    /// When a step is refused.
+    pub fn start_doca_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.call("virtio_fs_transport_create -t DOCA")?;
+        self.call("virtio_fs_doca_manager_create -m mlx5_0")?;
+        self.call("virtio_fs_transport_start -t DOCA")?;
+        let (vuid, socket) = self.first_function()?;
+        self.call(&format!(
+            "virtio_fs_device_create --transport-name DOCA --dev-name {name} --tag {tag} --fsdev {fsdev} \
+             --num-request-queues 8 --queue-size 256 --driver-platform x86_64"
+        ))?;
+        self.call(&format!(
+            "virtio_fs_doca_device_modify --dev-name {name} --manager mlx5_0 --vuid {vuid}"
+        ))?;
+        self.call(&format!("virtio_fs_device_start --dev-name {name}"))?;
+        Ok(socket)
+    }
+
+    /// Brings up a vhost-user device and gives its socket.
+    ///
+    /// # Errors
+    /// When a step is refused.
+    pub fn start_vhost_user_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.call("virtio_fs_transport_create -t VHOST_USER")?;
+        self.call("virtio_fs_transport_start -t VHOST_USER")?;
+        self.call(&format!(
+            "virtio_fs_device_create --transport-name VHOST_USER --dev-name {name} --tag {tag} --fsdev {fsdev} \
+             --num-request-queues 2 --queue-size 256"
+        ))?;
+        self.call(&format!("virtio_fs_device_start --dev-name {name}"))?;
+        Ok(self.run_dir().join("vhost").join(format!("{name}.sock")))
+    }
+
+    /// Mounts a function on this host.
+    ///
+    /// # Errors
+    /// When it does not get mounted; the message holds what the tool and the service say.
+    pub fn mount(&self, socket: &Path) -> Result<HostMount> {
+        let dir = self.dir.make_dir("mnt");
+        let mut command = Command::new(binary("ferry")?);
+        command.arg("mount").arg(socket).arg(&dir);
+        let process = Process::start(&mut command, &self.dir.join("mount.log"))?;
+        let mut mount = HostMount { process, dir };
+        let ready = wait_until("the function is mounted", START_LIMIT, || {
+            ensure!(mount.process.running()?, "ferry mount has ended");
+            mount.is_mounted()
+        });
+        ready.with_context(|| {
+            format!(
+                "{}\nlog of the service:\n{}",
+                mount.process.output(),
+                self.log()
+            )
+        })?;
+        Ok(mount)
+    }
+
     /// The VUID and the socket of the first static function.
     ///
     /// # Errors
@@ -218,6 +291,50 @@ impl Service {
     }
 }
 
+impl HostMount {
+    /// Where it is mounted.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    fn is_mounted(&self) -> Result<bool> {
+        let needle = format!(" {} fuse", self.dir.display());
+        Ok(fs::read_to_string("/proc/self/mounts")?
+            .lines()
+            .any(|line| line.contains(&needle)))
+    }
+
+    /// Unmounts and waits until the tool has ended.
+    ///
+    /// # Errors
+    /// When the mount is busy or the tool does not end well.
+    pub fn unmount(mut self) -> Result<()> {
+        let status = Command::new("umount")
+            .arg(&self.dir)
+            .status()
+            .context("run umount")?;
+        ensure!(status.success(), "umount {} failed", self.dir.display());
+        let status = self.process.wait(STOP_LIMIT)?;
+        ensure!(
+            status.success(),
+            "ferry mount ended with {status}:\n{}",
+            self.process.output()
+        );
+        Ok(())
+    }
+}
+
+impl Drop for HostMount {
+    fn drop(&mut self) {
+        if matches!(self.is_mounted(), Ok(true))
+            && let Err(error) = Command::new("umount").arg("-l").arg(&self.dir).status()
+        {
+            eprintln!("cannot unmount {}: {error}", self.dir.display());
+        }
+    }
+}
+
 impl Reply {
     fn new(output: &Output) -> Self {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -226,6 +343,16 @@ impl Reply {
             out: text(&output.stdout),
             err: text(&output.stderr),
         }
+    }
+
+    /// The error member of the response, where the tool printed one.
+    #[must_use]
+    pub fn error(&self) -> Option<Value> {
+        let (_, after) = self.err.split_once("response:")?;
+        serde_json::Deserializer::from_str(after)
+            .into_iter()
+            .next()?
+            .ok()
     }
 
     /// The result as JSON; what is not JSON is a plain string, as the guide's tool prints strings.

@@ -3,3 +3,4 @@
 pub mod driver;
 pub mod mount;
 pub mod rpc;
+pub mod up;

@@ -1,1 +1,169 @@
+use tokio::task::LocalSet;
 
+use super::*;
+use crate::dataplane::Link;
+use crate::dataplane::fake::FakeLink;
+use crate::dataplane::fake::VUID;
+use crate::test_dir;
+
+/// Runs `work` with a running control plane on a fake data plane.
+fn with_app<T>(work: impl AsyncFnOnce(Rc<App>, Rc<FakeLink>) -> T) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    LocalSet::new().block_on(&runtime, async {
+        let app = App::new(None);
+        let link = FakeLink::new();
+        app.connected(Rc::clone(&link) as Rc<dyn Link>)
+            .await
+            .unwrap();
+        app.start_init();
+        work(app, link).await
+    })
+}
+
+/// The guide's init script, its printed line breaks undone, for the function of the fake platform.
+fn init_script() -> String {
+    format!(
+        "fsdev_aio_create aio0 /etc/virtiofs/test\n\
+         virtio_fs_transport_create -t DOCA\n\
+         virtio_fs_transport_start -t DOCA\n\
+         virtio_fs_device_create --transport-name DOCA --dev-name vfsdev0 --tag docatag --fsdev aio0 \
+         --num-request-queues 1 --queue-size 32 --driver-platform x86_64\n\
+         virtio_fs_doca_device_modify --dev-name vfsdev0 --manager mlx5_0 --vuid \"{VUID}\"\n\
+         virtio_fs_device_start --dev-name vfsdev0\n"
+    )
+}
+
+#[test]
+fn a_configuration_that_was_saved_rebuilds_the_same_state() {
+    let dir = test_dir("save");
+    let file = dir.join("saved.json");
+    let (saved, model) = with_app(async |app, _| {
+        let script = format!("{}save_config -o {}\n", init_script(), file.display());
+        run_script(&app, &script).await.unwrap();
+        (read_file(&file).unwrap(), app.model().clone())
+    });
+    let methods: Vec<String> = parse(&saved)
+        .unwrap()
+        .into_iter()
+        .map(|entry| entry.method)
+        .collect();
+    let expected = [
+        "fsdev_set_opts",
+        "fsdev_aio_create",
+        "virtio_fs_transport_create",
+        "virtio_fs_doca_manager_create",
+        "virtio_fs_transport_start",
+        "virtio_fs_device_create",
+        "virtio_fs_doca_device_modify",
+        "virtio_fs_device_start",
+    ];
+    assert_eq!(methods, expected);
+    assert_eq!(
+        std::fs::read_dir(&*dir).unwrap().count(),
+        1,
+        "something besides the file is left"
+    );
+    with_app(async |app, link| {
+        let entries = parse(&saved).unwrap();
+        apply(&app, &entries, |_| true, false).await.unwrap();
+        assert_eq!(link.commands.borrow().len(), 2);
+        assert_eq!(app.model().devices(), model.devices());
+        assert!(app.model().fsdevs().eq(model.fsdevs()));
+        let params = Params::Object(vec![("name".to_owned(), json!("virtio_fs"))]);
+        let again = app.call("framework_get_config", &params).await.unwrap();
+        let saved: Value = serde_json::from_str(&saved).unwrap();
+        assert_eq!(again, saved["subsystems"][1]["config"]);
+    });
+}
+
+#[test]
+fn applying_a_configuration_again_finds_everything_there() {
+    with_app(async |app, link| {
+        run_script(&app, &init_script()).await.unwrap();
+        let sent = link.commands.borrow().len();
+        run_script(&app, &init_script()).await.unwrap();
+        assert_eq!(link.commands.borrow().len(), sent);
+    });
+}
+
+#[test]
+fn a_failing_entry_stops_unless_failures_are_ignored() {
+    let text = r#"{"subsystems": [ // comments are fine
+        {"subsystem": "virtio_fs", "config": [
+            {"method": "nosuch", "params": {}},
+            {"method": "virtio_fs_transport_create", "params": {"transport_name": "DOCA"}} /* here too */
+        ]},
+        {"subsystem": "off", "config": {"method": "spdk_get_version"}},
+        {"subsystem": "none", "config": null}
+    ]}"#;
+    let entries = parse(text).unwrap();
+    assert_eq!(entries.len(), 3);
+    with_app(async |app, _| {
+        let error = apply(&app, &entries, |when| when == When::Runtime, false)
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains("nosuch"), "{error}");
+        assert!(app.model().transports().is_empty());
+        apply(&app, &entries, |when| when == When::Runtime, true)
+            .await
+            .unwrap();
+        assert_eq!(app.model().transports().len(), 1);
+    });
+}
+
+#[test]
+fn configurations_of_another_form_are_refused_with_the_place() {
+    for (text, says) in [
+        ("{", "JSON"),
+        ("{}", "subsystems"),
+        (r#"{"subsystems":[{"config":[{"params":{}}]}]}"#, "params"),
+        (
+            r#"{"subsystems":[{"config":[{"method":"m","params":[]}]}]}"#,
+            "object",
+        ),
+        (r#"{"subsystems":[{"config":5}]}"#, "5"),
+    ] {
+        let error = parse(text).unwrap_err().to_string();
+        assert!(error.contains(says), "{text}: {error}");
+    }
+    let one =
+        parse_subsystem(r#"{"subsystem":"fsdev","config":[{"method":"fsdev_get_opts"}]}"#).unwrap();
+    assert_eq!(one.len(), 1);
+}
+
+#[test]
+fn comments_are_blanked_out_but_not_inside_strings() {
+    let text = "{\"a\": \"// \\\" /* x */\", // gone\n\"b\": /* gone */ 1}";
+    let value: Value = serde_json::from_str(&without_comments(text)).unwrap();
+    assert_eq!(value, json!({"a": "// \" /* x */", "b": 1}));
+}
+
+#[test]
+fn a_file_is_replaced_whole_or_not_at_all() {
+    let dir = test_dir("write");
+    let file = dir.join("c.json");
+    write_file(&file, "one").unwrap();
+    write_file(&file, "two").unwrap();
+    assert_eq!(read_file(&file).unwrap(), "two");
+    let error = write_file(&dir.join("no/such/dir.json"), "x").unwrap_err();
+    assert!(error.to_string().contains("no/such/dir.json"), "{error}");
+    assert_eq!(std::fs::read_dir(&*dir).unwrap().count(), 1);
+}
+
+#[test]
+fn the_script_stops_at_the_first_failure() {
+    with_app(async |app, _| {
+        let script = "virtio_fs_transport_create -t DOCA\nvirtio_fs_device_start -d d\nvirtio_fs_transport_start -t DOCA\n";
+        let error = run_script(&app, script).await.unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("virtio_fs_device_start: No such device"),
+            "{error}"
+        );
+        assert!(!app.model().transports()[0].started);
+    });
+}

@@ -1,5 +1,7 @@
 //! The link to the data plane: what carries commands, and the task that keeps it up.
 
+#[cfg(test)]
+pub(crate) mod fake;
 mod ring;
 
 use core::convert::Infallible;
@@ -12,6 +14,8 @@ use std::rc::Rc;
 use ferry_shared::msg::Command;
 use ferry_shared::msg::Failure;
 use ferry_shared::msg::Reply;
+
+use tokio::time::MissedTickBehavior;
 
 use crate::app::App;
 
@@ -33,9 +37,13 @@ const RETRY: Duration = Duration::from_millis(250);
 /// Connects, reconciles, and connects again whenever the data plane has gone.
 pub async fn keep_connected(app: Rc<App>, run_dir: &Path) -> Infallible {
     let mut retry = tokio::time::interval(RETRY);
+    retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut last = String::new();
     loop {
-        retry.tick().await;
+        tokio::select! {
+            _ = retry.tick() => {}
+            () = app.impatience() => {}
+        }
         let why = match RingLink::connect(run_dir).await {
             Ok(link) => {
                 tracing::info!(run_dir = %run_dir.display(), "connected to the data plane");

@@ -133,6 +133,8 @@ impl RingLink {
             }
             let woken = self.state.borrow_mut().channel.wake();
             if let Err(lost) = woken {
+                // It may have answered before it went; a broken ring has nothing more to say.
+                let _ = self.state.borrow_mut().turn(&mut on_event);
                 return self.lose(lost.to_string());
             }
         }

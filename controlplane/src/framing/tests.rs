@@ -1,3 +1,12 @@
+use proptest::collection::vec;
+use proptest::prelude::Just;
+use proptest::prelude::Strategy;
+use proptest::prelude::any;
+use proptest::prop_assert;
+use proptest::prop_assert_eq;
+use proptest::prop_oneof;
+use proptest::proptest;
+
 use super::*;
 
 fn feed(bytes: &[u8]) -> Vec<Result<Request, Rejection>> {
@@ -52,7 +61,7 @@ fn a_request_may_arrive_byte_by_byte() {
         request.params,
         Params::Object(vec![("a".to_owned(), Value::from("}]{\"\\"))])
     );
-    assert!(!framer.is_incomplete());
+    assert!(framer.next_request().is_none());
 }
 
 #[test]
@@ -175,4 +184,48 @@ fn responses_have_either_a_result_or_an_error() {
     assert_eq!(good, b"{\"jsonrpc\":\"2.0\",\"id\":1,\"result\":true}\n");
     let bad = response("null", &Err(RpcError::new(-19, "No such device: \"x\"")));
     assert_eq!(bad, b"{\"jsonrpc\":\"2.0\",\"id\":null,\"error\":{\"code\":-19,\"message\":\"No such device: \\\"x\\\"\"}}\n");
+}
+
+/// Requests and things that are none, each ending with a bracket, so that fragments cannot change their meaning.
+fn pieces() -> impl Strategy<Value = Vec<u8>> {
+    let piece = prop_oneof![
+        Just(
+            r#"{"id":1,"method":"a","params":{"x":[1,"]}\"",{}]}}"#
+                .as_bytes()
+                .to_vec()
+        ),
+        Just(b" \r\n".to_vec()),
+        Just(b"[{},5]".to_vec()),
+        Just(b"{\"id\":{}}".to_vec()),
+        Just(b"{\"id\":nonsense}".to_vec()),
+        Just(b"{\"open\":\"".to_vec()),
+    ];
+    vec(piece, 0..8).prop_map(|pieces| pieces.concat())
+}
+
+proptest! {
+    #[test]
+    fn fragments_mean_the_same_as_the_whole(bytes in pieces(), cuts in vec(1usize..9, 1..40)) {
+        let whole = feed(&bytes);
+        let mut framer = Framer::default();
+        let mut all = Vec::new();
+        let mut rest = bytes.as_slice();
+        for cut in cuts.iter().cycle() {
+            let (head, tail) = rest.split_at((*cut).min(rest.len()));
+            framer.push(head);
+            all.extend(drain(&mut framer));
+            rest = tail;
+            let ended = all.last().is_some_and(|last| last.as_ref().is_err_and(|rejection| rejection.fatal));
+            if rest.is_empty() || ended {
+                break;
+            }
+        }
+        prop_assert_eq!(all, whole);
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic_or_loop(bytes in vec(prop_oneof![any::<u8>(), Just(b'{'), Just(b'"'), Just(b'}')], 0..200)) {
+        let requests = feed(&bytes);
+        prop_assert!(requests.len() <= bytes.len());
+    }
 }

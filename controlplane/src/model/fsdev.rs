@@ -79,10 +79,10 @@ impl Model {
             state: FsdevState::Creating,
         });
         let effect = Effect::FsdevCreate(spec.name.clone());
-        Ok(Step::Send(Ticket {
+        Ok(Step::Send(Box::new(Ticket {
             command: Command::FsdevCreate(spec),
             effect,
-        }))
+        })))
     }
 
     /// Begins to delete an fsdev of the given module.
@@ -111,10 +111,10 @@ impl Model {
                 let command = Command::FsdevDelete {
                     name: name.to_owned(),
                 };
-                Ok(Step::Send(Ticket {
+                Ok(Step::Send(Box::new(Ticket {
                     command,
                     effect: Effect::FsdevDelete(name.to_owned()),
-                }))
+                })))
             }
         }
     }

@@ -7,6 +7,7 @@
 
 mod device;
 mod fsdev;
+mod lifecycle;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -119,7 +120,7 @@ pub enum Step {
     /// Done.
     Done,
     /// Send this, then finish the ticket.
-    Send(Ticket),
+    Send(Box<Ticket>),
 }
 
 pub(crate) fn refuse<T>(errno: Errno, detail: impl Into<String>) -> Result<T, Failure> {

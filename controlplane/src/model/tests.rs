@@ -81,7 +81,7 @@ fn aio(name: &str) -> FsdevSpec {
 /// Carries a step out with a data plane that agrees to everything.
 fn done(model: &mut Model, step: Step) {
     if let Step::Send(ticket) = step {
-        model.finish(ticket, true);
+        model.finish(*ticket, true);
     }
 }
 
@@ -568,7 +568,7 @@ fn a_function_is_taken_from_the_moment_a_start_is_sent() {
     for result in [model.device_start("first"), model.device_destroy("first")] {
         assert_eq!(result.unwrap_err().errno, Errno::EALREADY);
     }
-    model.finish(ticket, false);
+    model.finish(*ticket, false);
     assert_eq!(model.device("first").unwrap().state(), DeviceState::Idle);
     assert!(model.device_start("other").is_ok());
 }
@@ -660,7 +660,7 @@ fn fsdevs_are_refused_by_name_path_and_size() {
         Errno::EBUSY,
         &["aio0"],
     );
-    deleting.finish(ticket, false);
+    deleting.finish(*ticket, false);
     assert!(deleting.fsdev("aio0").is_ok());
 }
 
@@ -671,7 +671,7 @@ fn a_failed_creation_leaves_no_fsdev() {
         panic!("nothing sent")
     };
     assert!(model.fsdev("new").is_err(), "visible before it exists");
-    model.finish(ticket, false);
+    model.finish(*ticket, false);
     assert_eq!(model, started());
 }
 
@@ -773,7 +773,7 @@ fn a_stopped_device_resumes_with_what_it_was_given_meanwhile() {
         panic!("not a start")
     };
     assert_eq!(spec.tag, "newtag");
-    model.finish(ticket, true);
+    model.finish(*ticket, true);
     assert_eq!(
         model.device("vfsdev0").unwrap().live.as_ref().unwrap().spec,
         spec
@@ -984,7 +984,7 @@ fn op() -> impl Strategy<Value = Op> {
 
 fn finish(model: &mut Model, step: Result<Step, Failure>, ok: bool) -> Result<(), Failure> {
     if let Step::Send(ticket) = step? {
-        model.finish(ticket, ok);
+        model.finish(*ticket, ok);
     }
     Ok(())
 }

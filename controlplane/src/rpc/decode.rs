@@ -91,13 +91,6 @@ impl Args {
             .and_then(|number| u32::try_from(number).ok())
     }
 
-    /// A signed number argument.
-    pub fn signed(&self, name: &str) -> Option<i32> {
-        self.get(name)?
-            .as_i64()
-            .and_then(|number| i32::try_from(number).ok())
-    }
-
     /// A boolean argument.
     pub fn flag(&self, name: &str) -> Option<bool> {
         self.get(name)?.as_bool()

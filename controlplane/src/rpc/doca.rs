@@ -7,6 +7,7 @@ use ferry_shared::msg::Function;
 
 use super::RpcError;
 use super::decode::Args;
+use super::virtio_fs;
 use crate::app::App;
 use crate::model::Device;
 
@@ -97,6 +98,7 @@ pub(super) fn device_modify(app: &App, args: &Args) -> Result<Value, RpcError> {
     let text = |name| args.text(name).map(str::to_owned);
     let device = args.required("dev_name");
     let mut model = app.model_mut();
+    virtio_fs::warn_of_driver(&model, args);
     model.doca_device_modify(device, text("manager"), text("vuid"))?;
     if let Some(vuid) = args.text("vuid").filter(|vuid| !model.knows_vuid(vuid)) {
         tracing::warn!(

@@ -7,6 +7,7 @@ mod doca;
 mod error;
 mod framework;
 mod fsdev;
+mod method;
 mod params;
 pub mod script;
 pub mod table;

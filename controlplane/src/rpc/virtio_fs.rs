@@ -92,6 +92,18 @@ fn warn_of_unknown_fsdev(model: &Model, args: &Args) {
     }
 }
 
+/// A driver that is connected sees the new properties only at its next start.
+pub(super) fn warn_of_driver(model: &Model, args: &Args) {
+    let device = args.required("dev_name");
+    let connected = |device: &Device| device.live.as_ref().is_some_and(|live| live.connected);
+    if model.device(device).is_ok_and(connected) {
+        tracing::warn!(
+            device,
+            "a driver is connected; unload it while the device is being changed"
+        );
+    }
+}
+
 pub(super) fn device_create(app: &App, args: &Args) -> Result<Value, RpcError> {
     let mut model = app.model_mut();
     model.device_create(
@@ -105,6 +117,7 @@ pub(super) fn device_create(app: &App, args: &Args) -> Result<Value, RpcError> {
 
 pub(super) fn device_modify(app: &App, args: &Args) -> Result<Value, RpcError> {
     let mut model = app.model_mut();
+    warn_of_driver(&model, args);
     model.device_modify(args.required("dev_name"), changes(args))?;
     warn_of_unknown_fsdev(&model, args);
     Ok(TRUE)

@@ -48,6 +48,21 @@ impl Poller {
             .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token.to_raw()))
     }
 
+    /// Changes what is waited for: input, room for output, or both. A hang-up is always reported.
+    pub fn modify(
+        &self,
+        fd: impl AsFd,
+        token: Token,
+        input: bool,
+        output: bool,
+    ) -> Result<(), Errno> {
+        let mut flags = EpollFlags::empty();
+        flags.set(EpollFlags::EPOLLIN, input);
+        flags.set(EpollFlags::EPOLLOUT, output);
+        self.0
+            .modify(fd, &mut EpollEvent::new(flags, token.to_raw()))
+    }
+
     /// Forgets a file descriptor.
     pub fn remove(&self, fd: impl AsFd) -> Result<(), Errno> {
         self.0.delete(fd)

@@ -173,16 +173,23 @@ impl Stream {
 
     /// Sends all of `bytes`, with `fds`, or fails: a peer that does not read its answers gets `EAGAIN` and is given up.
     pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), SysErrno> {
+        if self.send_some(bytes, fds)? < bytes.len() {
+            return Err(SysErrno::EAGAIN);
+        }
+        Ok(())
+    }
+
+    /// Sends as many of `bytes` as there is room for, and `fds` with the first of them; says how many.
+    pub fn send_some(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, SysErrno> {
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
         let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
         let parts = [IoSlice::new(bytes)];
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        let sent = sendmsg::<()>(self.0.as_raw_fd(), &parts, control, flags, None)?;
-        if sent < bytes.len() {
-            return Err(SysErrno::EAGAIN);
+        match sendmsg::<()>(self.0.as_raw_fd(), &parts, control, flags, None) {
+            Err(SysErrno::EAGAIN | SysErrno::EINTR) => Ok(0),
+            other => other,
         }
-        Ok(())
     }
 }
 

@@ -36,6 +36,9 @@ pub(crate) enum CallError {
     /// The connection failed.
     #[error("the connection to the RPC socket has failed: {0}")]
     Connection(#[from] io::Error),
+    /// The request cannot be printed.
+    #[error("cannot write standard output: {0}")]
+    Print(io::Error),
     /// The server closed the connection.
     #[error("the service has closed the connection before it answered {0}")]
     Closed(String),
@@ -56,12 +59,12 @@ pub(crate) enum CallError {
         answer: String,
     },
     /// The service refuses.
-    #[error("request:\n{request:#}\nGot JSON-RPC error response\nresponse:\n{error:#}")]
+    #[error("request:\n{request}\nGot JSON-RPC error response\nresponse:\n{error}")]
     Refused {
-        /// The parameters, the method and the number of the request.
-        request: Value,
-        /// The error member.
-        error: Value,
+        /// The parameters, the method and the number of the request, as JSON.
+        request: String,
+        /// The error member, as JSON.
+        error: String,
     },
 }
 
@@ -91,11 +94,12 @@ impl Client {
         self.verbose = verbose || self.options.verbose;
     }
 
-    /// Sends a request and waits for its result; there is none in a dry run.
+    /// Sends a request and waits for its result. In a dry run it prints the request instead, and there is none.
     pub(super) fn call(
         &mut self,
         method: &str,
         params: &Map<String, Value>,
+        out: &mut dyn Write,
     ) -> Result<Option<Value>, CallError> {
         let id = self.next;
         self.next += 1;
@@ -104,7 +108,7 @@ impl Client {
             request["params"] = json!(params);
         }
         if self.options.dry_run {
-            println!("{request:#}");
+            writeln!(out, "{request:#}").map_err(CallError::Print)?;
             return Ok(None);
         }
         if self.verbose {
@@ -121,9 +125,10 @@ impl Client {
             let mut request = params.clone();
             request.insert("method".to_owned(), json!(method));
             request.insert("req_id".to_owned(), json!(id));
+            let request = format!("{:#}", Value::Object(request));
             return Err(CallError::Refused {
-                request: Value::Object(request),
-                error: error.clone(),
+                request,
+                error: format!("{error:#}"),
             });
         }
         let belongs = response.get("id") == Some(&json!(id));

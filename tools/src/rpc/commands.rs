@@ -31,7 +31,7 @@ pub(super) fn run(
         .unwrap_or(2);
     match command {
         ClientCommand::SaveConfig => {
-            let saved = format!("{}\n", config::render(&save(client)?, indent));
+            let saved = format!("{}\n", config::render(&save(client, out)?, indent));
             match text("output") {
                 Some(path) => Ok(config::write_file(Path::new(path), &saved)?),
                 None => print(out, &saved),
@@ -39,7 +39,7 @@ pub(super) fn run(
         }
         ClientCommand::SaveSubsystemConfig => {
             let name = text("name").unwrap_or_default();
-            let saved = json!({"subsystem": name, "config": subsystem(client, name)?});
+            let saved = json!({"subsystem": name, "config": subsystem(client, name, out)?});
             print(out, &format!("{}\n", config::render(&saved, indent)))
         }
         ClientCommand::LoadConfig => {
@@ -47,12 +47,18 @@ pub(super) fn run(
                 .get("include_aliases")
                 .and_then(Value::as_bool)
                 .unwrap_or(false);
-            load(client, config::parse(&read(text("json_conf"))?)?, aliases)
+            load(
+                client,
+                config::parse(&read(text("json_conf"))?)?,
+                aliases,
+                out,
+            )
         }
         ClientCommand::LoadSubsystemConfig => load(
             client,
             config::parse_subsystem(&read(text("json_conf"))?)?,
             false,
+            out,
         ),
     }
 }
@@ -68,17 +74,17 @@ fn read(path: Option<&str>) -> Result<String, Failure> {
     Ok(text)
 }
 
-fn subsystem(client: &mut Client, name: &str) -> Result<Value, Failure> {
+fn subsystem(client: &mut Client, name: &str, out: &mut dyn Write) -> Result<Value, Failure> {
     let mut params = Map::new();
     params.insert("name".to_owned(), json!(name));
     Ok(client
-        .call("framework_get_config", &params)?
+        .call("framework_get_config", &params, out)?
         .unwrap_or_default())
 }
 
-fn save(client: &mut Client) -> Result<Value, Failure> {
+fn save(client: &mut Client, out: &mut dyn Write) -> Result<Value, Failure> {
     let listed = client
-        .call("framework_get_subsystems", &Map::new())?
+        .call("framework_get_subsystems", &Map::new(), out)?
         .unwrap_or_default();
     let mut all = Vec::new();
     for listed in listed.as_array().into_iter().flatten() {
@@ -87,61 +93,89 @@ fn save(client: &mut Client) -> Result<Value, Failure> {
             .and_then(Value::as_str)
             .unwrap_or_default()
             .to_owned();
-        let saved = subsystem(client, &name)?;
+        let saved = subsystem(client, &name, out)?;
         all.push((name, saved));
     }
     Ok(config::document(all))
 }
 
-fn methods(client: &mut Client, current: bool, aliases: bool) -> Result<Vec<String>, Failure> {
+/// Names of the methods that may be called now or ever; `None` in a dry run.
+fn methods(
+    client: &mut Client,
+    current: bool,
+    aliases: bool,
+    out: &mut dyn Write,
+) -> Result<Option<Vec<String>>, Failure> {
     let mut params = Map::new();
     if current {
         params.insert("current".to_owned(), json!(true));
     }
     params.insert("include_aliases".to_owned(), json!(aliases));
-    let listed = client.call("rpc_get_methods", &params)?.unwrap_or_default();
-    Ok(listed
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-        .map(str::to_owned)
-        .collect())
+    let listed = client.call("rpc_get_methods", &params, out)?;
+    Ok(listed.map(|listed| {
+        let names = listed
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str);
+        names.map(str::to_owned).collect()
+    }))
+}
+
+fn send(client: &mut Client, entries: &[Entry], out: &mut dyn Write) -> Result<(), Failure> {
+    for entry in entries {
+        client.call(
+            &entry.method,
+            &entry.params.clone().unwrap_or_default(),
+            out,
+        )?;
+    }
+    Ok(())
+}
+
+fn names<'a>(entries: impl Iterator<Item = &'a Entry>) -> String {
+    entries
+        .map(|entry| entry.method.as_str())
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// Sends what may be sent now, starts the service when only later requests are left, and sends those.
-fn load(client: &mut Client, mut entries: Vec<Entry>, aliases: bool) -> Result<(), Failure> {
-    let known = methods(client, false, aliases)?;
-    let unknown: Vec<&str> = entries
-        .iter()
-        .map(|entry| entry.method.as_str())
-        .filter(|method| !known.iter().any(|k| k == method))
-        .collect();
+fn load(
+    client: &mut Client,
+    mut entries: Vec<Entry>,
+    aliases: bool,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let Some(known) = methods(client, false, aliases, out)? else {
+        return send(client, &entries, out);
+    };
+    let unknown = names(
+        entries
+            .iter()
+            .filter(|entry| !known.contains(&entry.method)),
+    );
     if !unknown.is_empty() {
         return Err(Failure::NotApplicable(format!(
-            "{}: there is no such method",
-            unknown.join(", ")
+            "{unknown}: there is no such method"
         )));
     }
     while !entries.is_empty() {
-        let allowed = methods(client, true, aliases)?;
+        let allowed = methods(client, true, aliases, out)?.unwrap_or_default();
         let (now, later): (Vec<Entry>, Vec<Entry>) = entries
             .into_iter()
             .partition(|entry| allowed.contains(&entry.method));
-        for entry in &now {
-            client.call(&entry.method, &entry.params.clone().unwrap_or_default())?;
-        }
+        send(client, &now, out)?;
         entries = later;
         if entries.is_empty() {
             break;
         }
         if allowed.iter().any(|method| method == START) {
-            client.call(START, &Map::new())?;
+            client.call(START, &Map::new(), out)?;
         } else if now.is_empty() {
-            let names: Vec<&str> = entries.iter().map(|entry| entry.method.as_str()).collect();
+            let names = names(entries.iter());
             return Err(Failure::NotApplicable(format!(
-                "{} in its present state",
-                names.join(", ")
+                "{names} in its present state"
             )));
         }
     }

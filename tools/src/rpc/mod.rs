@@ -143,7 +143,7 @@ fn execute(client: &mut Client, parsed: Parsed, out: &mut dyn Write) -> Result<(
     if let Handler::Client(command) = method.handler {
         return commands::run(client, command, params, out);
     }
-    match client.call(method.name, params)? {
+    match client.call(method.name, params, out)? {
         Some(result) if method.output == Output::Json => print_result(out, &result),
         Some(_) | None => Ok(()),
     }

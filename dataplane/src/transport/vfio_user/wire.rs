@@ -151,6 +151,8 @@ pub mod irq_set_flags {
 pub mod region {
     /// The first base address register; the others follow.
     pub const BAR0: u32 = 0;
+    /// The third base address register.
+    pub const BAR2: u32 = 2;
     /// The last base address register.
     pub const BAR5: u32 = 5;
     /// The expansion ROM.

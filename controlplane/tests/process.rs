@@ -1,0 +1,371 @@
+//! The control plane as a process: its files, its signals, its initial configuration.
+
+use std::io::BufRead;
+use std::io::BufReader;
+use std::io::Read;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Child;
+use std::process::Command as Process;
+use std::process::ExitStatus;
+use std::process::Stdio;
+
+use ferry_shared::handshake::Channel;
+use ferry_shared::handshake::server::Accepted;
+use ferry_shared::handshake::server::Listener;
+use ferry_shared::msg::Attach;
+use ferry_shared::msg::Command;
+use ferry_shared::msg::Function;
+use ferry_shared::msg::Item;
+use ferry_shared::msg::Manager;
+use ferry_shared::msg::Reply;
+use ferry_shared::msg::ToControlplane;
+use ferry_shared::msg::ToDataplane;
+use nix::poll::PollFd;
+use nix::poll::PollFlags;
+use nix::poll::PollTimeout;
+use nix::poll::poll;
+use nix::sys::signal::Signal;
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+
+const VUID: &str = "MT2251XZ02WZVFSS0D0F3";
+
+/// A fresh directory, removed with the value.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new(name: &str) -> Directory {
+        let path =
+            std::env::temp_dir().join(format!("ferry-process-{}-{name}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir(&path).unwrap();
+        Directory(path)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.path(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A running control plane, killed with the value.
+struct Controlplane {
+    child: Child,
+    messages: BufReader<std::process::ChildStderr>,
+}
+
+impl Controlplane {
+    fn start(directory: &Directory, args: &[&str], script: Option<&Path>) -> Controlplane {
+        let mut process = Process::new(env!("CARGO_BIN_EXE_ferry-controlplane"));
+        process
+            .arg("-r")
+            .arg(directory.path("rpc.sock"))
+            .arg("--run-dir")
+            .arg(directory.path("run"))
+            .args(args);
+        process
+            .env_remove("SPDK_RPC_INIT_CONF_JSON")
+            .env_remove("RUST_LOG")
+            .env("NO_COLOR", "1");
+        match script {
+            Some(script) => process.env("SPDK_RPC_INIT_CONF", script),
+            None => process.env_remove("SPDK_RPC_INIT_CONF"),
+        };
+        let mut child = process.stderr(Stdio::piped()).spawn().unwrap();
+        let messages = BufReader::new(child.stderr.take().unwrap());
+        Controlplane { child, messages }
+    }
+
+    /// Reads messages up to one that contains `text`.
+    fn says(&mut self, text: &str) {
+        let mut line = String::new();
+        while !line.contains(text) {
+            line.clear();
+            assert!(
+                self.messages.read_line(&mut line).unwrap() > 0,
+                "it has never said {text:?}"
+            );
+        }
+    }
+
+    /// Everything that it says until it ends, and how it ends.
+    fn end(mut self) -> (String, ExitStatus) {
+        let mut all = String::new();
+        self.messages.read_to_string(&mut all).unwrap();
+        (all, self.child.wait().unwrap())
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().try_into().unwrap()), signal).unwrap();
+    }
+}
+
+impl Drop for Controlplane {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn ask(directory: &Directory, request: &str) -> String {
+    let mut stream = UnixStream::connect(directory.path("rpc.sock")).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).unwrap();
+    line
+}
+
+fn wait(fd: &impl AsFd) {
+    poll(
+        &mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)],
+        PollTimeout::NONE,
+    )
+    .unwrap();
+}
+
+fn accept(listener: &mut Listener) -> Channel {
+    loop {
+        if let Some(Accepted::Channel(channel)) = listener.accept().unwrap() {
+            return channel;
+        }
+        wait(listener);
+    }
+}
+
+/// A data plane with one function: agrees to everything until `last` commands have come, snapshots apart.
+fn agree(channel: &mut Channel, last: usize) -> Vec<Command> {
+    let mut commands = Vec::new();
+    loop {
+        while let Some(ToDataplane { seq, command }) = channel.recv().unwrap() {
+            let result = match command {
+                Command::Snapshot { .. } => Ok(Reply::Snapshot {
+                    items: platform(),
+                    next: None,
+                }),
+                command => {
+                    commands.push(command);
+                    Ok(Reply::Done)
+                }
+            };
+            channel
+                .send(&ToControlplane::Completion { seq, result })
+                .unwrap();
+        }
+        if commands.len() >= last {
+            return commands;
+        }
+        if channel.prepare_sleep().unwrap() {
+            wait(channel);
+            channel.wake().unwrap();
+        }
+    }
+}
+
+fn platform() -> Vec<Item> {
+    let function = Function {
+        manager: "mlx5_0".to_owned(),
+        vuid: VUID.to_owned(),
+        pci_address: "0000:29:00.2".to_owned(),
+        hotplug: false,
+        socket: "/run/ferry/pci/f.sock".to_owned(),
+    };
+    vec![
+        Item::Manager(Manager {
+            name: "mlx5_0".to_owned(),
+            hotplug_ports: 0,
+        }),
+        Item::Function(function),
+    ]
+}
+
+#[test]
+fn it_serves_without_a_data_plane_and_leaves_nothing_when_asked_to_end() {
+    let directory = Directory::new("signals");
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let mut controlplane = Controlplane::start(&directory, &[], None);
+        controlplane.says("serving RPC");
+        assert!(
+            ask(&directory, r#"{"id":1,"method":"spdk_get_version"}"#)
+                .contains("\"version\":\"Ferry v")
+        );
+        let refused = ask(
+            &directory,
+            r#"{"id":1,"method":"virtio_fs_doca_get_possible_managers"}"#,
+        );
+        assert!(
+            refused.contains("\"code\":-19") && refused.contains("dataplane.sock"),
+            "{refused}"
+        );
+        controlplane.signal(signal);
+        let (_, status) = controlplane.end();
+        assert!(status.success(), "{signal}: {status}");
+        assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_request_can_ask_it_to_end() {
+    let directory = Directory::new("kill");
+    let mut controlplane = Controlplane::start(&directory, &[], None);
+    controlplane.says("serving RPC");
+    let unknown = ask(
+        &directory,
+        r#"{"id":1,"method":"spdk_kill_instance","params":{"sig_name":"BOGUS"}}"#,
+    );
+    assert!(
+        unknown.contains("-32602") && unknown.contains("Invalid parameters"),
+        "{unknown}"
+    );
+    let done = ask(
+        &directory,
+        r#"{"id":1,"method":"spdk_kill_instance","params":{"sig_name":"15"}}"#,
+    );
+    assert!(done.contains("\"result\":true"), "{done}");
+    assert!(controlplane.end().1.success());
+}
+
+#[test]
+fn a_second_one_on_the_same_socket_says_so_and_ends() {
+    let directory = Directory::new("second");
+    let mut first = Controlplane::start(&directory, &[], None);
+    first.says("serving RPC");
+    let (messages, status) = Controlplane::start(&directory, &[], None).end();
+    assert_eq!(status.code(), Some(1));
+    assert!(
+        messages.contains("rpc.sock is in use by another process"),
+        "{messages}"
+    );
+    assert!(
+        ask(&directory, r#"{"id":1,"method":"spdk_get_version"}"#).contains("result"),
+        "the first one is disturbed"
+    );
+}
+
+#[test]
+fn an_unusable_configuration_is_named() {
+    let directory = Directory::new("unusable");
+    let missing = directory.path("missing.json");
+    let broken = directory.write("broken.json", "{\"subsystems\": 5}");
+    for (file, says) in [(missing, "cannot read"), (broken, "subsystems")] {
+        let name = file.to_str().unwrap();
+        let (messages, status) = Controlplane::start(&directory, &["-c", name], None).end();
+        assert_eq!(status.code(), Some(1));
+        assert!(
+            messages.contains(name) && messages.contains(says),
+            "{messages}"
+        );
+    }
+}
+
+#[test]
+fn the_guides_init_script_runs_as_printed_once_the_data_plane_is_there() {
+    let directory = Directory::new("script");
+    let script = directory.write(
+        "spdk_rpc_init.conf",
+        r#"fsdev_aio_create aio0 /etc/virtiofs/test
+virtio_fs_transport_create -t DOCA
+virtio_fs_transport_start -t DOCA
+virtio_fs_device_create --transport-name DOCA --dev-name
+vfsdev0 --tag docatag --fsdev aio0 --num-request-queues
+1 --queue-size 32 --driver-platform x86_64
+virtio_fs_doca_device_modify --dev-name vfsdev0 --
+manager mlx5_0 --vuid "MT2251XZ02WZVFSS0D0F3"
+virtio_fs_device_start --dev-name vfsdev0
+"#,
+    );
+    let mut controlplane = Controlplane::start(&directory, &[], Some(&script));
+    controlplane.says("serving RPC");
+    let mut listener = Listener::bind(&directory.path("run"), None).unwrap();
+    let mut channel = accept(&mut listener);
+    let commands = agree(&mut channel, 2);
+    let Command::DeviceStart(device) = &commands[1] else {
+        panic!("{commands:?}")
+    };
+    assert_eq!(
+        device.attach,
+        Attach::Doca {
+            manager: "mlx5_0".to_owned(),
+            vuid: VUID.to_owned()
+        }
+    );
+    assert_eq!((device.tag.as_str(), device.queue_size), ("docatag", 32));
+    assert!(
+        ask(&directory, r#"{"id":1,"method":"framework_wait_init"}"#).contains("\"result\":true")
+    );
+    assert!(
+        ask(&directory, r#"{"id":1,"method":"virtio_fs_get_devices"}"#)
+            .contains("\"state\":\"running\"")
+    );
+}
+
+#[test]
+fn a_saved_configuration_is_fatal_when_it_fails_unless_failures_are_ignored() {
+    let directory = Directory::new("json");
+    let saved = r#"{"subsystems":[{"subsystem":"fsdev","config":[
+        {"method":"nosuch"}, {"method":"fsdev_null_create","params":{"name":"n"}}]}]}"#;
+    let file = directory.write("saved.json", saved);
+    let file = file.to_str().unwrap();
+    let mut listener = Listener::bind(&directory.path("run"), None).unwrap();
+
+    let controlplane = Controlplane::start(&directory, &["--json", file], None);
+    let mut channel = accept(&mut listener);
+    let serve = std::thread::spawn(move || {
+        // Only the snapshot comes; the control plane then ends.
+        while let Ok(Some(ToDataplane { seq, .. })) = receive(&mut channel) {
+            let reply = Reply::Snapshot {
+                items: platform(),
+                next: None,
+            };
+            channel
+                .send(&ToControlplane::Completion {
+                    seq,
+                    result: Ok(reply),
+                })
+                .unwrap();
+        }
+    });
+    let (messages, status) = controlplane.end();
+    serve.join().unwrap();
+    assert_eq!(status.code(), Some(1));
+    assert!(
+        messages.contains("nosuch") && messages.contains("--json-ignore-init-errors"),
+        "{messages}"
+    );
+
+    let _ignoring =
+        Controlplane::start(&directory, &["-c", file, "--json-ignore-init-errors"], None);
+    let mut channel = accept(&mut listener);
+    assert!(
+        matches!(&agree(&mut channel, 1)[..], [Command::FsdevCreate(fsdev)] if fsdev.name == "n")
+    );
+}
+
+/// The next command; `None` when the control plane has gone.
+fn receive(channel: &mut Channel) -> Result<Option<ToDataplane>, ferry_shared::ring::RecvError> {
+    loop {
+        if let Some(message) = channel.recv()? {
+            return Ok(Some(message));
+        }
+        if channel.prepare_sleep()? {
+            wait(channel);
+            if channel.wake().is_err() {
+                return Ok(None);
+            }
+        }
+    }
+}

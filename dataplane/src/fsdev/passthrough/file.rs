@@ -1,0 +1,523 @@
+//! Operations on open files.
+
+use core::ffi::CStr;
+
+use ferry_shared::errno::Errno;
+
+use super::Passthrough;
+use super::handle::{self, OpenFile};
+use super::identity::Identity;
+use super::lock;
+use super::sys::{self, Fd, Stat};
+use crate::fsdev::{Caller, Io, IoOp, IoResult, Pin};
+use crate::fuse::abi::*;
+use crate::mem::Segments;
+
+/// Largest copy of one request, so that its length fits a reply of 32 bits.
+const MAX_COPY: u64 = 0x7fff_f000;
+
+/// The flags of a guest's open(2) that an open here may have.
+const OPEN_FLAGS: i32 = libc::O_APPEND | libc::O_SYNC | libc::O_DSYNC | libc::O_NOATIME;
+
+/// Why something that is not a regular file is not opened: guests open FIFOs, sockets and devices themselves.
+fn expect_regular(kind: u32) -> Result<(), Errno> {
+    match kind {
+        libc::S_IFREG => Ok(()),
+        libc::S_IFDIR => Err(Errno::EISDIR),
+        libc::S_IFLNK => Err(Errno::ELOOP),
+        _ => Err(Errno::ENXIO),
+    }
+}
+
+/// Removes set-user-ID and set-group-ID as a write by an unprivileged process does. The service itself has the capability
+/// that keeps them; file capabilities are removed by the kernel for everyone.
+fn strip_privileges(fd: i32) -> Result<(), Errno> {
+    let mode = u32::from(sys::stat_fd(fd)?.stx_mode);
+    let mut kill = mode & libc::S_ISUID;
+    if mode & libc::S_IXGRP != 0 {
+        kill |= mode & libc::S_ISGID;
+    }
+    if kill != 0 && mode & libc::S_IFMT == libc::S_IFREG {
+        sys::chmod(fd, mode & !kill)?;
+    }
+    Ok(())
+}
+
+/// The largest offset that the host's kernel takes.
+const MAX_OFFSET: u64 = i64::MAX as u64;
+
+fn check_range(offset: u64, len: u64) -> Result<(), Errno> {
+    match offset.checked_add(len) {
+        Some(end) if end <= MAX_OFFSET => Ok(()),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+impl Passthrough {
+    /// The guest's flags as the host gets them.
+    fn host_flags(&self, flags: i32) -> Result<i32, Errno> {
+        let mut access = flags & libc::O_ACCMODE;
+        let mut keep = flags & OPEN_FLAGS;
+        if access == libc::O_ACCMODE {
+            return Err(Errno::EINVAL);
+        }
+        if self.has(FUSE_WRITEBACK_CACHE) {
+            // The guest fills the rest of a page before it writes it back, and knows where the end of the file is.
+            if access == libc::O_WRONLY {
+                access = libc::O_RDWR;
+            }
+            keep &= !libc::O_APPEND;
+        }
+        Ok(access | keep)
+    }
+
+    /// Opens the regular file behind `fd` as the guest wants it.
+    fn open_regular(&self, fd: i32, flags: u32, open_flags: u32) -> Result<Fd, Errno> {
+        let guest = flags as i32;
+        let mut host = self.host_flags(guest)?;
+        if guest & libc::O_TRUNC != 0 && self.has(FUSE_ATOMIC_O_TRUNC) {
+            host |= libc::O_TRUNC;
+            if open_flags & FUSE_OPEN_KILL_SUIDGID != 0 {
+                strip_privileges(fd)?;
+            }
+        }
+        match self.inodes.with_fds(|| sys::reopen(fd, host)) {
+            // Only the promotion to reading is at fault if the server of the export refuses.
+            Err(Errno::EACCES) if host & libc::O_ACCMODE != guest & libc::O_ACCMODE => {
+                let host = (host & !libc::O_ACCMODE) | libc::O_WRONLY;
+                self.inodes.with_fds(|| sys::reopen(fd, host))
+            }
+            other => other,
+        }
+    }
+
+    /// Makes an open file known to the guest.
+    fn publish(
+        &self,
+        fd: Fd,
+        nodeid: u64,
+        guest_flags: u32,
+        session: u64,
+    ) -> Result<fuse_open_out, Errno> {
+        let mut flags = 0;
+        let mut alignment = 1;
+        if guest_flags as i32 & libc::O_DIRECT != 0
+            && let Some(found) = sys::make_direct(fd.raw())
+        {
+            flags |= handle::DIRECT;
+            alignment = found;
+        }
+        let fh = self.handles.add(fd, nodeid, flags, alignment)?;
+        self.opened(fh, nodeid, FOPEN_PARALLEL_DIRECT_WRITES, session)
+    }
+
+    /// The reply for a new handle; takes it back when the mount has ended meanwhile.
+    pub(super) fn opened(
+        &self,
+        fh: u64,
+        nodeid: u64,
+        open_flags: u32,
+        session: u64,
+    ) -> Result<fuse_open_out, Errno> {
+        if self.has_ended(session) {
+            if let Ok(file) = self.handles.any(fh, nodeid) {
+                file.close();
+            }
+            return Err(Errno::ENOTCONN);
+        }
+        Ok(fuse_open_out {
+            fh,
+            open_flags,
+            backing_id: 0,
+        })
+    }
+
+    pub(super) fn do_open(
+        &self,
+        nodeid: u64,
+        flags: u32,
+        open_flags: u32,
+    ) -> Result<fuse_open_out, Errno> {
+        let session = self.session();
+        let node = self.inodes.get(nodeid)?;
+        expect_regular(node.kind())?;
+        let fd = self.open_regular(node.fd(), flags, open_flags)?;
+        self.publish(fd, nodeid, flags, session)
+    }
+
+    pub(super) fn do_create(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+        arg: &fuse_create_in,
+    ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
+        let session = self.session();
+        let dir = self.inodes.get(nodeid)?;
+        dir.expect_dir()?;
+        let flags = self.host_flags(arg.flags as i32)? | libc::O_CREAT | libc::O_EXCL;
+        for _ in 0..16 {
+            let made = {
+                let _caller = Identity::assume(caller, arg.umask)?;
+                self.inodes
+                    .with_fds(|| sys::open_beneath(dir.fd(), name, flags, arg.mode))
+            };
+            match made {
+                Ok(fd) => {
+                    if let Err(errno) = self.label(caller, fd.raw()) {
+                        // The error that counts is the first one.
+                        let _ = sys::unlink(dir.fd(), name, 0);
+                        return Err(errno);
+                    }
+                    return self.created(fd, dir.mnt(), arg.flags, session);
+                }
+                Err(Errno::EEXIST) if arg.flags as i32 & libc::O_EXCL == 0 => {}
+                Err(errno) => return Err(errno),
+            }
+            // It is there already: open it as OPEN does.
+            let entry = match self.lookup_in(dir.fd(), dir.mnt(), name) {
+                Err(Errno::ENOENT) => continue,
+                other => other?,
+            };
+            return match self.do_open(entry.nodeid, arg.flags, arg.open_flags) {
+                Ok(open) => Ok((self.refreshed(entry), open)),
+                Err(errno) => {
+                    self.do_forget(entry.nodeid, 1);
+                    Err(errno)
+                }
+            };
+        }
+        Err(Errno::ESTALE)
+    }
+
+    /// The entry with the attributes that the file has after it was opened, which may have truncated it.
+    fn refreshed(&self, mut entry: fuse_entry_out) -> fuse_entry_out {
+        if let Ok(now) = self.do_getattr(entry.nodeid, None) {
+            entry.attr = fuse_attr {
+                flags: entry.attr.flags,
+                ..now.attr
+            };
+        }
+        entry
+    }
+
+    /// The reply for a new file in a directory on mount `mnt`.
+    fn created(
+        &self,
+        fd: Fd,
+        mnt: u64,
+        flags: u32,
+        session: u64,
+    ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
+        let stat: Stat = sys::stat_fd(fd.raw())?;
+        let path = self
+            .inodes
+            .with_fds(|| sys::reopen(fd.raw(), libc::O_PATH))?;
+        let nodeid = self.inodes.intern(path, &stat)?;
+        match self.publish(fd, nodeid, flags, session) {
+            Ok(open) => Ok((self.entry(nodeid, &stat, mnt), open)),
+            Err(errno) => {
+                self.do_forget(nodeid, 1);
+                Err(errno)
+            }
+        }
+    }
+
+    pub(super) fn do_tmpfile(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_create_in,
+    ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
+        let session = self.session();
+        let dir = self.inodes.get(nodeid)?;
+        dir.expect_dir()?;
+        let guest = arg.flags as i32;
+        // O_EXCL here means that the file must never get a name.
+        let flags = self.host_flags(guest)? | (guest & libc::O_EXCL);
+        let fd = {
+            let _caller = Identity::assume(caller, arg.umask)?;
+            self.inodes
+                .with_fds(|| sys::open_unnamed(dir.fd(), flags, arg.mode))?
+        };
+        self.label(caller, fd.raw())?;
+        self.created(fd, dir.mnt(), arg.flags, session)
+    }
+
+    /// Lets a transfer go past `O_DIRECT` when it does not have the alignment that the file needs, and from then on.
+    fn settle_direct(
+        &self,
+        file: &OpenFile<'_>,
+        offset: u64,
+        data: Segments<'_>,
+        buffered: bool,
+    ) -> Result<(), Errno> {
+        let handle = file.handle();
+        if !handle.has(handle::DIRECT) {
+            return Ok(());
+        }
+        let mask = handle.alignment() as usize;
+        let aligned = offset as usize & mask == 0
+            && data
+                .iter()
+                .all(|(base, len)| (base.addr().get() | len) & mask == 0);
+        if buffered || !aligned {
+            sys::make_buffered(file.fd())?;
+            handle.clear(handle::DIRECT);
+        }
+        Ok(())
+    }
+
+    pub(super) fn do_read(&self, nodeid: u64, arg: &fuse_read_in, dst: Segments<'_>) -> IoResult {
+        let file = self.handles.file(arg.fh, nodeid)?;
+        let len = arg.size.min(u32::try_from(dst.len()).unwrap_or(u32::MAX));
+        check_range(arg.offset, u64::from(len))?;
+        if self.spec.skip_rw {
+            let left = sys::stat_fd(file.fd())?.stx_size.saturating_sub(arg.offset);
+            let given = u32::try_from(left).unwrap_or(u32::MAX).min(len);
+            return Ok(Io::Done(given));
+        }
+        self.settle_direct(&file, arg.offset, dst.first(len as usize), false)?;
+        let op = IoOp::Read {
+            fd: file.fd(),
+            offset: arg.offset,
+            len,
+        };
+        Ok(Io::Submit {
+            op,
+            pin: Pin(file.keep()),
+        })
+    }
+
+    pub(super) fn do_write(&self, nodeid: u64, arg: &fuse_write_in, src: Segments<'_>) -> IoResult {
+        let file = self.handles.file(arg.fh, nodeid)?;
+        if u64::from(arg.size) > src.len() as u64 {
+            return Err(Errno::EINVAL);
+        }
+        check_range(arg.offset, u64::from(arg.size)).map_err(|_| Errno::EFBIG)?;
+        if self.spec.skip_rw {
+            return Ok(Io::Done(arg.size));
+        }
+        // The first version of the agreement leaves it to us for every write.
+        let always = self.has(FUSE_HANDLE_KILLPRIV) && !self.has(FUSE_HANDLE_KILLPRIV_V2);
+        if always || arg.write_flags & FUSE_WRITE_KILL_SUIDGID != 0 {
+            strip_privileges(file.fd())?;
+        }
+        let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
+        self.settle_direct(&file, arg.offset, src.first(arg.size as usize), cached)?;
+        let op = IoOp::Write {
+            fd: file.fd(),
+            offset: arg.offset,
+            len: arg.size,
+        };
+        Ok(Io::Submit {
+            op,
+            pin: Pin(file.keep()),
+        })
+    }
+
+    pub(super) fn do_flush(&self, nodeid: u64, arg: &fuse_flush_in) -> Result<(), Errno> {
+        let file = self.handles.file(arg.fh, nodeid)?;
+        self.locks.drop_owner(nodeid, arg.lock_owner);
+        self.inodes.with_fds(|| sys::flush(file.fd()))
+    }
+
+    pub(super) fn do_release(&self, nodeid: u64, arg: &fuse_release_in) -> Result<(), Errno> {
+        let file = self.handles.file(arg.fh, nodeid)?;
+        if arg.release_flags & FUSE_RELEASE_FLUSH != 0 {
+            self.locks.drop_owner(nodeid, arg.lock_owner);
+        }
+        if arg.release_flags & FUSE_RELEASE_FLOCK_UNLOCK != 0 && file.handle().has(handle::FLOCKED)
+        {
+            // At the latest the close below does it.
+            let _ = sys::flock(file.fd(), libc::LOCK_UN);
+            lock::released();
+        }
+        file.close();
+        Ok(())
+    }
+
+    pub(super) fn do_fsync(&self, file: OpenFile<'_>, arg: &fuse_fsync_in) -> IoResult {
+        let datasync = arg.fsync_flags & FUSE_FSYNC_FDATASYNC != 0;
+        let op = IoOp::Fsync {
+            fd: file.fd(),
+            datasync,
+        };
+        Ok(Io::Submit {
+            op,
+            pin: Pin(file.keep()),
+        })
+    }
+
+    pub(super) fn do_fallocate(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_fallocate_in,
+    ) -> IoResult {
+        let file = self.handles.file(arg.fh, nodeid)?;
+        check_range(arg.offset, arg.length)?;
+        self.strip_for(caller, &file)?;
+        let op = IoOp::Fallocate {
+            fd: file.fd(),
+            mode: arg.mode,
+            offset: arg.offset,
+            len: arg.length,
+        };
+        Ok(Io::Submit {
+            op,
+            pin: Pin(file.keep()),
+        })
+    }
+
+    /// For operations that change a file's content and have no flag for this: FUSE leaves the decision to the server.
+    fn strip_for(&self, caller: &Caller<'_>, file: &OpenFile<'_>) -> Result<(), Errno> {
+        if caller.uid != 0 && self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2) {
+            strip_privileges(file.fd())?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn do_copy_file_range(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_copy_file_range_in,
+    ) -> Result<u64, Errno> {
+        if arg.flags != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let from = self.handles.file(arg.fh_in, nodeid)?;
+        let to = self.handles.file(arg.fh_out, arg.nodeid_out)?;
+        self.strip_for(caller, &to)?;
+        // The host copies through its page cache, in pieces of its own choice.
+        self.settle_direct(&from, 0, Segments::empty(), true)?;
+        self.settle_direct(&to, 0, Segments::empty(), true)?;
+        let len = arg.len.min(MAX_COPY) as usize;
+        sys::copy_range(from.fd(), arg.off_in, to.fd(), arg.off_out, len)
+    }
+
+    pub(super) fn do_poll(&self, nodeid: u64, arg: &fuse_poll_in) -> Result<u32, Errno> {
+        self.handles.any(arg.fh, nodeid)?;
+        let ready = libc::POLLIN | libc::POLLOUT | libc::POLLRDNORM | libc::POLLWRNORM;
+        Ok(arg.events & ready as u32)
+    }
+
+    pub(super) fn do_getlk(&self, nodeid: u64, arg: &fuse_lk_in) -> Result<fuse_file_lock, Errno> {
+        let file = self.handles.file(arg.fh, nodeid)?;
+        let wanted = lock::to_range(&arg.lk)?;
+        if wanted.kind == libc::F_UNLCK {
+            return Err(Errno::EINVAL);
+        }
+        let found = self.locks.get(nodeid, arg.owner, wanted, file.fd())?;
+        if found.kind == libc::F_UNLCK {
+            return Ok(fuse_file_lock {
+                type_: libc::F_UNLCK as u32,
+                ..arg.lk
+            });
+        }
+        let end = match found.len {
+            0 => MAX_OFFSET,
+            len => found.start.saturating_add(len).saturating_sub(1) as u64,
+        };
+        Ok(fuse_file_lock {
+            start: found.start as u64,
+            end,
+            type_: found.kind as u32,
+            pid: found.pid.max(0) as u32,
+        })
+    }
+
+    pub(super) fn do_setlk(&self, nodeid: u64, arg: &fuse_lk_in) -> Result<(), Errno> {
+        let session = self.session();
+        let file = self.handles.any(arg.fh, nodeid)?;
+        let wanted = lock::to_range(&arg.lk)?;
+        if arg.lk_flags & FUSE_LK_FLOCK != 0 {
+            return self.do_flock(&file, wanted.kind);
+        }
+        if file.handle().has(handle::DIR) {
+            return Err(Errno::EBADF);
+        }
+        let open = || {
+            let node = self.inodes.get(nodeid)?;
+            match self
+                .inodes
+                .with_fds(|| sys::reopen(node.fd(), libc::O_RDWR))
+            {
+                // A read-only export, or a program that is running: reading is enough for a read lock.
+                Err(_) => self
+                    .inodes
+                    .with_fds(|| sys::reopen(node.fd(), libc::O_RDONLY)),
+                opened => opened,
+            }
+        };
+        self.locks
+            .set(nodeid, arg.owner, arg.lk.pid, wanted, open)?;
+        if self.has_ended(session) {
+            self.locks.drop_owner(nodeid, arg.owner);
+        }
+        Ok(())
+    }
+
+    fn do_flock(&self, file: &OpenFile<'_>, kind: i32) -> Result<(), Errno> {
+        match kind {
+            libc::F_UNLCK => {
+                sys::flock(file.fd(), libc::LOCK_UN)?;
+                lock::released();
+                Ok(())
+            }
+            kind => {
+                file.handle().set(handle::FLOCKED);
+                let exclusive = kind == libc::F_WRLCK;
+                // Converting a lock drops the old one first, even when the new one is refused.
+                let done = sys::flock(
+                    file.fd(),
+                    if exclusive {
+                        libc::LOCK_EX
+                    } else {
+                        libc::LOCK_SH
+                    },
+                );
+                lock::released();
+                done
+            }
+        }
+    }
+
+    pub(super) fn do_getattr(&self, nodeid: u64, fh: Option<u64>) -> Result<fuse_attr_out, Errno> {
+        let stat = match fh {
+            Some(fh) => sys::stat_fd(self.handles.any(fh, nodeid)?.fd())?,
+            None => sys::stat_fd(self.inodes.get(nodeid)?.fd())?,
+        };
+        Ok(self.attr_out(&stat))
+    }
+
+    /// Gives a truncated file its new size through the guest's handle, or through one of our own.
+    pub(super) fn resize(
+        &self,
+        nodeid: u64,
+        fh: Option<u64>,
+        arg: &fuse_setattr_in,
+    ) -> Result<(), Errno> {
+        let opened;
+        let file;
+        let fd = if let Some(fh) = fh {
+            file = self.handles.file(fh, nodeid)?;
+            file.fd()
+        } else {
+            let node = self.inodes.get(nodeid)?;
+            expect_regular(node.kind()).map_err(|errno| match errno {
+                Errno::EISDIR => errno,
+                _ => Errno::EINVAL,
+            })?;
+            opened = self
+                .inodes
+                .with_fds(|| sys::reopen(node.fd(), libc::O_WRONLY))?;
+            opened.raw()
+        };
+        if arg.valid & FATTR_KILL_SUIDGID != 0 {
+            strip_privileges(fd)?;
+        }
+        sys::truncate(fd, arg.size)
+    }
+}

@@ -1,0 +1,229 @@
+//! Open files and directories.
+//!
+//! A handle is pinned while an operation on its descriptor is under way; RELEASE ends it, and the descriptor is closed
+//! when the last pin goes.
+
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use ferry_shared::errno::Errno;
+use zerocopy::FromZeros;
+
+use super::lock;
+use super::sys::{self, Fd};
+use crate::fsdev::table::{Missing, Pinned, Record, Table};
+
+/// A directory.
+pub(super) const DIR: u32 = 1 << 0;
+/// Reads and writes bypass the page cache.
+pub(super) const DIRECT: u32 = 1 << 1;
+/// Was locked with flock(2).
+pub(super) const FLOCKED: u32 = 1 << 2;
+
+/// The position of a directory that is not known.
+const UNKNOWN: u64 = u64::MAX;
+
+#[derive(FromZeros)]
+#[repr(C)]
+pub(super) struct Handle {
+    nodeid: AtomicU64,
+    /// Where the directory's descriptor stands.
+    position: AtomicU64,
+    flags: AtomicU32,
+    /// What a `DIRECT` transfer must be aligned to, less one.
+    alignment: AtomicU32,
+    /// 1 while a listing uses the directory's position.
+    listing: AtomicU32,
+    _pad: u32,
+}
+
+impl Record for Handle {
+    fn retire(&self, fd: i32) {
+        sys::close(fd);
+        if self.has(FLOCKED) {
+            lock::released();
+        }
+    }
+}
+
+impl Handle {
+    pub(super) fn has(&self, flag: u32) -> bool {
+        self.flags.load(Relaxed) & flag != 0
+    }
+
+    pub(super) fn set(&self, flag: u32) {
+        self.flags.fetch_or(flag, Relaxed);
+    }
+
+    pub(super) fn clear(&self, flag: u32) {
+        self.flags.fetch_and(!flag, Relaxed);
+    }
+
+    pub(super) fn alignment(&self) -> u32 {
+        self.alignment.load(Relaxed)
+    }
+}
+
+/// An open file or directory in use.
+pub(super) struct OpenFile<'a> {
+    pin: Pinned<'a, Handle>,
+    fd: i32,
+}
+
+impl<'a> OpenFile<'a> {
+    pub(super) fn fd(&self) -> i32 {
+        self.fd
+    }
+
+    pub(super) fn handle(&self) -> &'a Handle {
+        self.pin.record()
+    }
+
+    /// Keeps it in use until [`Handles::unpin`].
+    pub(super) fn keep(self) -> u64 {
+        self.pin.keep()
+    }
+
+    /// Ends it.
+    pub(super) fn close(self) {
+        self.pin.kill();
+    }
+
+    /// Takes the directory's position for one listing. Listings of one open directory come one at a time from a kernel;
+    /// a second one here waits for the first.
+    pub(super) fn list(&self) -> Listing<'_> {
+        let listing = &self.handle().listing;
+        while listing
+            .compare_exchange_weak(0, 1, Acquire, Relaxed)
+            .is_err()
+        {
+            std::thread::yield_now();
+        }
+        Listing { file: self }
+    }
+}
+
+/// Exclusive use of a directory's position.
+pub(super) struct Listing<'a> {
+    file: &'a OpenFile<'a>,
+}
+
+impl Listing<'_> {
+    /// Goes to the position after the entry with this cookie.
+    pub(super) fn seek(&mut self, cookie: u64) -> Result<(), Errno> {
+        let position = &self.file.handle().position;
+        if position.load(Relaxed) != cookie {
+            position.store(UNKNOWN, Relaxed);
+            sys::seek(self.file.fd, cookie, libc::SEEK_SET as u32)?;
+        }
+        Ok(())
+    }
+
+    /// Says where the descriptor stands; `None` when what was read has not been used up.
+    pub(super) fn stands_at(&mut self, cookie: Option<u64>) {
+        self.file
+            .handle()
+            .position
+            .store(cookie.unwrap_or(UNKNOWN), Relaxed);
+    }
+}
+
+impl Drop for Listing<'_> {
+    fn drop(&mut self) {
+        self.file.handle().listing.store(0, Release);
+    }
+}
+
+/// All open files and directories of a device.
+pub(super) struct Handles {
+    table: Table<Handle>,
+}
+
+impl Handles {
+    pub(super) fn new(capacity: u32) -> Result<Handles, Errno> {
+        let table = Table::new(capacity, 1).ok_or(Errno::ENOMEM)?;
+        Ok(Handles { table })
+    }
+
+    /// Adds an open file of inode `nodeid`; `alignment` is for `DIRECT` ones.
+    pub(super) fn add(
+        &self,
+        fd: Fd,
+        nodeid: u64,
+        flags: u32,
+        alignment: u32,
+    ) -> Result<u64, Errno> {
+        let vacant = self.table.reserve().ok_or(Errno::ENFILE)?;
+        let handle = vacant.record();
+        handle.nodeid.store(nodeid, Relaxed);
+        handle.position.store(0, Relaxed);
+        handle.flags.store(flags, Relaxed);
+        handle.alignment.store(alignment.wrapping_sub(1), Relaxed);
+        handle.listing.store(0, Relaxed);
+        Ok(vacant.publish(Some(fd.into_raw())).id())
+    }
+
+    fn get(&self, fh: u64, nodeid: u64) -> Result<OpenFile<'_>, Errno> {
+        let pin = self.table.pin(fh).map_err(|missing| match missing {
+            Missing::Never | Missing::Gone => Errno::EBADF,
+            Missing::Busy => Errno::EAGAIN,
+        })?;
+        let fd = pin.fd().ok_or(Errno::EBADF)?;
+        if pin.record().nodeid.load(Relaxed) != nodeid {
+            return Err(Errno::EBADF);
+        }
+        Ok(OpenFile { pin, fd })
+    }
+
+    /// The open file or directory `fh` of inode `nodeid`.
+    pub(super) fn any(&self, fh: u64, nodeid: u64) -> Result<OpenFile<'_>, Errno> {
+        self.get(fh, nodeid)
+    }
+
+    /// The open file `fh` of inode `nodeid`.
+    pub(super) fn file(&self, fh: u64, nodeid: u64) -> Result<OpenFile<'_>, Errno> {
+        self.get(fh, nodeid).and_then(|f| {
+            if f.handle().has(DIR) {
+                Err(Errno::EBADF)
+            } else {
+                Ok(f)
+            }
+        })
+    }
+
+    /// The open directory `fh` of inode `nodeid`.
+    pub(super) fn dir(&self, fh: u64, nodeid: u64) -> Result<OpenFile<'_>, Errno> {
+        self.get(fh, nodeid).and_then(|f| {
+            if f.handle().has(DIR) {
+                Ok(f)
+            } else {
+                Err(Errno::EBADF)
+            }
+        })
+    }
+
+    /// Ends the use that [`OpenFile::keep`] has prolonged.
+    pub(super) fn unpin(&self, kept: u64) {
+        self.table.unpin(kept);
+    }
+
+    pub(super) fn live(&self) -> u32 {
+        self.table.live()
+    }
+
+    /// Ends all of them; those in use are closed after their use.
+    pub(super) fn clear(&self) {
+        for index in self.table.indexes() {
+            if let Some(pin) = self.table.pin_index(index) {
+                pin.kill();
+            }
+        }
+    }
+}
+
+impl Drop for Handles {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}

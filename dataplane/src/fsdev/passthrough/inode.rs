@@ -1,0 +1,523 @@
+//! The inodes that the guest knows: node ids, lookup counts, and the descriptors behind them.
+//!
+//! An inode is *hot* while an `O_PATH` descriptor holds it and *cold* when only its kernel file handle is kept; a cold one
+//! is reopened when it is used. A clock over the hot ones keeps their number within a budget. Inodes without
+//! a usable handle (their file system has none, it is too long, or they have no name left) stay hot.
+//!
+//! Known inodes are found by device, inode number and mount. A hot inode cannot lose its number to another one, because its
+//! descriptor holds it. A cold one can, so meeting it again costs a comparison of file handles.
+
+use alloc::boxed::Box;
+use core::ffi::CStr;
+use core::sync::atomic::AtomicI32;
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+
+use ferry_shared::errno::Errno;
+use spin::mutex::SpinMutex;
+use zerocopy::FromZeros;
+
+use super::attr;
+use super::mounts::{MountFd, Mounts};
+use super::sys::{self, Fd, FileHandle, Stat};
+use crate::fsdev::table::{Missing, Pinned, Probe, Record, Table};
+use crate::fuse::abi::FUSE_ROOT_ID;
+
+/// What identifies an inode of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Key {
+    dev: u64,
+    ino: u64,
+    mnt: u64,
+}
+
+impl Key {
+    pub(super) fn of(stat: &Stat) -> Key {
+        Key {
+            dev: (u64::from(stat.stx_dev_major) << 32) | u64::from(stat.stx_dev_minor),
+            ino: stat.stx_ino,
+            mnt: stat.stx_mnt_id,
+        }
+    }
+
+    fn hash(&self) -> u64 {
+        let odd = 0x9e37_79b9_7f4a_7c15u64;
+        let h = self.ino.wrapping_mul(odd) ^ self.dev.rotate_left(17).wrapping_mul(odd);
+        let h = (h ^ self.mnt).wrapping_mul(odd);
+        h ^ (h >> 32)
+    }
+}
+
+#[derive(FromZeros)]
+#[repr(C)]
+pub(super) struct Inode {
+    lookups: AtomicU64,
+    dev: AtomicU64,
+    ino: AtomicU64,
+    mnt: AtomicU64,
+    kind: AtomicU32,
+    /// Length of the file handle; 0 while it has not been asked for.
+    handle_bytes: AtomicU32,
+    handle_kind: AtomicI32,
+    _pad: u32,
+    handle: [AtomicU64; FileHandle::MAX / 8],
+}
+
+impl Record for Inode {
+    fn retire(&self, fd: i32) {
+        sys::close(fd);
+    }
+}
+
+impl Inode {
+    fn fill(&self, key: &Key, kind: u32) {
+        self.lookups.store(1, Relaxed);
+        self.dev.store(key.dev, Relaxed);
+        self.ino.store(key.ino, Relaxed);
+        self.mnt.store(key.mnt, Relaxed);
+        self.kind.store(kind, Relaxed);
+        self.handle_bytes.store(0, Relaxed);
+    }
+
+    fn key(&self) -> Key {
+        Key {
+            dev: self.dev.load(Relaxed),
+            ino: self.ino.load(Relaxed),
+            mnt: self.mnt.load(Relaxed),
+        }
+    }
+
+    fn handle(&self) -> Option<FileHandle> {
+        let bytes = self.handle_bytes.load(Acquire);
+        if bytes == 0 {
+            return None;
+        }
+        let mut data = [0u8; FileHandle::MAX];
+        for (to, from) in data.chunks_exact_mut(8).zip(&self.handle) {
+            to.copy_from_slice(&from.load(Relaxed).to_ne_bytes());
+        }
+        Some(FileHandle {
+            bytes,
+            kind: self.handle_kind.load(Relaxed),
+            data,
+        })
+    }
+
+    fn set_handle(&self, handle: &FileHandle) {
+        for (to, from) in self.handle.iter().zip(handle.data.as_chunks::<8>().0) {
+            to.store(u64::from_ne_bytes(*from), Relaxed);
+        }
+        self.handle_kind.store(handle.kind, Relaxed);
+        // Pairs with the acquire in `handle`.
+        self.handle_bytes.store(handle.bytes, Release);
+    }
+}
+
+/// An inode in use, and its descriptor.
+pub(super) struct Node<'a> {
+    pin: Pinned<'a, Inode>,
+    fd: i32,
+}
+
+impl Node<'_> {
+    /// Its `O_PATH` descriptor.
+    pub(super) fn fd(&self) -> i32 {
+        self.fd
+    }
+
+    /// Its type, as in `S_IFMT`.
+    pub(super) fn kind(&self) -> u32 {
+        self.pin.record().kind.load(Relaxed)
+    }
+
+    /// The mount that it lies on.
+    pub(super) fn mnt(&self) -> u64 {
+        self.pin.record().mnt.load(Relaxed)
+    }
+
+    /// `ENOTDIR` unless it is a directory.
+    pub(super) fn expect_dir(&self) -> Result<(), Errno> {
+        match self.kind() {
+            libc::S_IFDIR => Ok(()),
+            _ => Err(Errno::ENOTDIR),
+        }
+    }
+}
+
+/// The hot inodes that could be made cold, for the clock.
+struct Ring {
+    slots: Box<[u64]>,
+    hand: usize,
+}
+
+/// Where an inode found a place in the ring.
+enum Place<'a> {
+    Free,
+    /// This one has lost its place and must become cold.
+    TakenFrom(Pinned<'a, Inode>),
+    /// Everybody is in use.
+    None,
+}
+
+/// How many places the clock looks at before it gives up.
+const CLOCK_STEPS: usize = 256;
+/// How many descriptors are given up at once when the process has none left.
+const SHRINK_BATCH: usize = 64;
+
+impl Ring {
+    fn claim<'a>(&mut self, table: &'a Table<Inode>, id: u64) -> Place<'a> {
+        for _ in 0..CLOCK_STEPS {
+            self.hand = self.hand.wrapping_add(1);
+            if self.hand >= self.slots.len() {
+                self.hand = 0;
+            }
+            let Some(slot) = self.slots.get_mut(self.hand) else {
+                return Place::None;
+            };
+            match table.probe(*slot) {
+                Probe::Cold => {
+                    *slot = id;
+                    return Place::Free;
+                }
+                Probe::Idle => {
+                    if let Ok(victim) = table.pin_quietly(*slot) {
+                        *slot = id;
+                        return Place::TakenFrom(victim);
+                    }
+                }
+                Probe::InUse => {}
+            }
+        }
+        Place::None
+    }
+
+    fn give_up<'a>(&mut self, table: &'a Table<Inode>) -> Option<Pinned<'a, Inode>> {
+        for _ in 0..self.slots.len().saturating_mul(2) {
+            self.hand = self.hand.wrapping_add(1);
+            if self.hand >= self.slots.len() {
+                self.hand = 0;
+            }
+            let slot = self.slots.get_mut(self.hand)?;
+            if table.probe(*slot) == Probe::Idle
+                && let Ok(victim) = table.pin_quietly(*slot)
+            {
+                *slot = 0;
+                return Some(victim);
+            }
+        }
+        None
+    }
+}
+
+/// What the table knows of an inode that was just looked at.
+enum Known<'a> {
+    No,
+    /// Yes, and one more lookup is counted.
+    Counted(u64),
+    /// Perhaps: its number may have gone to another inode meanwhile.
+    Cold(Pinned<'a, Inode>),
+    /// The look is outdated.
+    Outdated,
+}
+
+/// All inodes of a device.
+pub(super) struct Inodes {
+    table: Table<Inode>,
+    mounts: Mounts,
+    ring: SpinMutex<Ring>,
+}
+
+/// A node id that the table refuses.
+fn refused(missing: Missing) -> Errno {
+    match missing {
+        Missing::Never => Errno::ENOENT,
+        Missing::Gone => Errno::ESTALE,
+        Missing::Busy => Errno::EBUSY,
+    }
+}
+
+impl Inodes {
+    /// A table whose root is the directory behind `root`.
+    pub(super) fn new(root: Fd, capacity: u32, hot: u32) -> Result<Inodes, Errno> {
+        let stat = sys::stat_fd(root.raw())?;
+        let table = Table::new(capacity, capacity).ok_or(Errno::ENOMEM)?;
+        let slots = <[u64]>::new_box_zeroed_with_elems(hot.max(1) as usize);
+        let inodes = Inodes {
+            table,
+            mounts: Mounts::new(),
+            ring: SpinMutex::new(Ring {
+                slots: slots.map_err(|_| Errno::ENOMEM)?,
+                hand: 0,
+            }),
+        };
+        let key = Key::of(&stat);
+        inodes.mounts.meet(key.mnt, root.raw(), libc::S_IFDIR);
+        let vacant = inodes.table.reserve().ok_or(Errno::ENOMEM)?;
+        vacant.record().fill(&key, libc::S_IFDIR);
+        let pin = vacant.publish(Some(root.into_raw()));
+        inodes.table.lock(key.hash()).link(&pin);
+        // The first record of a table has id 1, which is the id that FUSE gives to the root.
+        let id = pin.id();
+        drop(pin);
+        if id == FUSE_ROOT_ID {
+            Ok(inodes)
+        } else {
+            Err(Errno::EIO)
+        }
+    }
+
+    /// Whether this is the root of the export.
+    pub(super) fn is_root(&self, stat: &Stat) -> bool {
+        self.table
+            .pin_quietly(FUSE_ROOT_ID)
+            .is_ok_and(|root| root.record().key() == Key::of(stat))
+    }
+
+    /// How many inodes the guest knows, the root included.
+    pub(super) fn live(&self) -> u32 {
+        self.table.live()
+    }
+
+    /// The inode with this node id, made hot if it is cold.
+    pub(super) fn get(&self, nodeid: u64) -> Result<Node<'_>, Errno> {
+        let pin = self.table.pin(nodeid).map_err(refused)?;
+        let fd = match pin.fd() {
+            Some(fd) => fd,
+            None => self.warm(&pin)?,
+        };
+        Ok(Node { pin, fd })
+    }
+
+    /// The mount of an inode.
+    pub(super) fn mount_of(&self, node: &Node<'_>) -> Option<MountFd> {
+        self.mounts.get(node.mnt())
+    }
+
+    fn warm(&self, pin: &Pinned<'_, Inode>) -> Result<i32, Errno> {
+        let inode = pin.record();
+        let handle = inode.handle().ok_or(Errno::ESTALE)?;
+        let mount = self
+            .mounts
+            .get(inode.mnt.load(Relaxed))
+            .ok_or(Errno::ESTALE)?;
+        let fd = self.with_fds(|| sys::open_handle(mount.fd, &handle))?;
+        self.install(pin, fd);
+        pin.fd().ok_or(Errno::EMFILE)
+    }
+
+    fn install(&self, pin: &Pinned<'_, Inode>, fd: Fd) {
+        if pin.install(fd.raw()) {
+            fd.into_raw();
+            self.admit(pin);
+        }
+    }
+
+    /// Runs something that needs a descriptor, giving up some of ours when the process has none left.
+    pub(super) fn with_fds<T>(&self, run: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+        for _ in 0..8 {
+            match run() {
+                Err(Errno::EMFILE | Errno::ENFILE) if self.shrink() => {}
+                other => return other,
+            }
+        }
+        run()
+    }
+
+    fn shrink(&self) -> bool {
+        let mut any = false;
+        for _ in 0..SHRINK_BATCH {
+            let victim = self.ring.lock().give_up(&self.table);
+            match victim {
+                Some(victim) => any |= self.cool(&victim),
+                None => break,
+            }
+        }
+        any
+    }
+
+    /// Finds a place in the budget for an inode that has become hot.
+    fn admit(&self, pin: &Pinned<'_, Inode>) {
+        let mount = self.mounts.get(pin.record().mnt.load(Relaxed));
+        if !mount.is_some_and(|m| m.handles) {
+            return;
+        }
+        let place = self.ring.lock().claim(&self.table, pin.id());
+        match place {
+            Place::Free => {}
+            Place::TakenFrom(victim) => {
+                self.cool(&victim);
+            }
+            Place::None => {
+                self.cool(pin);
+            }
+        }
+    }
+
+    /// Makes an inode cold as soon as nobody uses it; `false` when it must stay hot.
+    fn cool(&self, pin: &Pinned<'_, Inode>) -> bool {
+        let Some(fd) = pin.fd() else { return true };
+        // Without a name it would be gone with its last descriptor.
+        if !sys::stat_fd(fd).is_ok_and(|stat| stat.stx_nlink > 0) {
+            return false;
+        }
+        if pin.record().handle().is_none() {
+            match sys::file_handle(fd, c"") {
+                Ok(handle) => pin.record().set_handle(&handle),
+                Err(_) => return false,
+            }
+        }
+        pin.chill();
+        true
+    }
+
+    fn known(&self, key: &Key, kind: u32) -> Known<'_> {
+        let shard = self.table.lock(key.hash());
+        let Some(found) = shard.find(|inode| inode.key() == *key) else {
+            return Known::No;
+        };
+        if !found.has_fd() {
+            return found.pin().map_or(Known::Outdated, Known::Cold);
+        }
+        if found.record().kind.load(Relaxed) != kind {
+            return Known::Outdated;
+        }
+        found.record().lookups.fetch_add(1, Relaxed);
+        found.mark_recent();
+        Known::Counted(found.id())
+    }
+
+    /// Counts a lookup of an inode that is still in its chain.
+    fn count(&self, pin: &Pinned<'_, Inode>) -> bool {
+        let inode = pin.record();
+        let _shard = self.table.lock(inode.key().hash());
+        inode
+            .lookups
+            .try_update(AcqRel, Relaxed, |n| (n > 0).then(|| n.saturating_add(1)))
+            .is_ok()
+    }
+
+    /// Takes an inode out of its chain, because its number has gone to another one.
+    fn detach(&self, pin: &Pinned<'_, Inode>) {
+        self.table.lock(pin.record().key().hash()).unlink(pin);
+    }
+
+    /// Looks up one component of a directory and counts it; gives the node id and the attributes.
+    pub(super) fn lookup(&self, dir: i32, name: &CStr) -> Result<(u64, Stat), Errno> {
+        for _ in 0..16 {
+            let stat = sys::stat_at(dir, name)?;
+            match self.known(&Key::of(&stat), attr::kind(&stat)) {
+                Known::Counted(id) => return Ok((id, stat)),
+                Known::Cold(pin) => {
+                    let now = sys::file_handle(dir, name);
+                    if now.is_ok() && now.ok() == pin.record().handle() {
+                        if self.count(&pin) {
+                            return Ok((pin.id(), stat));
+                        }
+                    } else {
+                        self.detach(&pin);
+                    }
+                }
+                Known::No => {
+                    let flags = libc::O_PATH;
+                    let fd = self.with_fds(|| sys::open_beneath(dir, name, flags, 0))?;
+                    let stat = sys::stat_fd(fd.raw())?;
+                    return Ok((self.intern(fd, &stat)?, stat));
+                }
+                Known::Outdated => {}
+            }
+        }
+        Err(Errno::ESTALE)
+    }
+
+    /// Counts a lookup of the object behind an `O_PATH` descriptor whose attributes are `stat`.
+    pub(super) fn intern(&self, fd: Fd, stat: &Stat) -> Result<u64, Errno> {
+        let (key, kind) = (Key::of(stat), attr::kind(stat));
+        self.mounts.meet(key.mnt, fd.raw(), kind);
+        for _ in 0..16 {
+            match self.known(&key, kind) {
+                Known::Counted(id) => return Ok(id),
+                Known::Cold(pin) => {
+                    let now = sys::file_handle(fd.raw(), c"");
+                    if now.is_ok() && now.ok() == pin.record().handle() {
+                        if self.count(&pin) {
+                            self.install(&pin, fd);
+                            return Ok(pin.id());
+                        }
+                    } else {
+                        self.detach(&pin);
+                    }
+                }
+                Known::No => {
+                    let shard = self.table.lock(key.hash());
+                    if shard.find(|inode| inode.key() == key).is_some() {
+                        continue;
+                    }
+                    let vacant = self.table.reserve().ok_or(Errno::ENFILE)?;
+                    vacant.record().fill(&key, kind);
+                    let pin = vacant.publish(Some(fd.into_raw()));
+                    shard.link(&pin);
+                    drop(shard);
+                    self.admit(&pin);
+                    return Ok(pin.id());
+                }
+                Known::Outdated => {}
+            }
+        }
+        Err(Errno::ESTALE)
+    }
+
+    /// Counts one more lookup of a known node.
+    pub(super) fn count_again(&self, node: &Node<'_>) -> Result<u64, Errno> {
+        if self.count(&node.pin) {
+            Ok(node.pin.id())
+        } else {
+            Err(Errno::ESTALE)
+        }
+    }
+
+    /// Takes back lookups; more than there are count as all. `true` when the guest no longer knows the inode.
+    pub(super) fn forget(&self, nodeid: u64, lookups: u64) -> bool {
+        if nodeid == FUSE_ROOT_ID {
+            return false;
+        }
+        let Ok(pin) = self.table.pin_quietly(nodeid) else {
+            return false;
+        };
+        let count = &pin.record().lookups;
+        let some_left = |n: u64| n.checked_sub(lookups).filter(|&left| left > 0);
+        if count.try_update(AcqRel, Relaxed, some_left).is_ok() {
+            return false;
+        }
+        // Only under the lock can the count become 0, so that no lookup finds an inode that is about to go.
+        let shard = self.table.lock(pin.record().key().hash());
+        if count.try_update(AcqRel, Relaxed, some_left).is_ok() {
+            return false;
+        }
+        count.store(0, Relaxed);
+        shard.remove(&pin)
+    }
+
+    /// Forgets everything but the root.
+    pub(super) fn clear(&self) {
+        for index in self.table.indexes() {
+            let Some(pin) = self.table.pin_index(index) else {
+                continue;
+            };
+            if pin.id() != FUSE_ROOT_ID {
+                let shard = self.table.lock(pin.record().key().hash());
+                pin.record().lookups.store(0, Relaxed);
+                shard.remove(&pin);
+            }
+        }
+    }
+}
+
+impl Drop for Inodes {
+    fn drop(&mut self) {
+        self.clear();
+        if let Ok(root) = self.table.pin_quietly(FUSE_ROOT_ID) {
+            root.kill();
+        }
+    }
+}

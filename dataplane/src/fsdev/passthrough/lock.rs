@@ -1,0 +1,244 @@
+//! Locks on byte ranges.
+//!
+//! Every pair of inode and lock owner has an open file description of its own, and the locks are those of the
+//! description (`F_OFD_SETLK`). So the host's kernel keeps them, and owners conflict wherever they are: in one guest, in
+//! guests of other devices on the same export, or in the host. Closing the description drops all its locks at once.
+
+use core::sync::atomic::AtomicI32;
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+use ferry_shared::errno::Errno;
+use zerocopy::FromZeros;
+
+use super::sys::{self, Fd, RangeLock};
+use crate::fsdev::table::{Pinned, Record, Table};
+use crate::fuse::abi::fuse_file_lock;
+
+/// Counts the occasions on which a lock may have been released, in any device.
+static EPOCH: AtomicU64 = AtomicU64::new(0);
+
+/// Says that a lock may have been released.
+pub(super) fn released() {
+    EPOCH.fetch_add(1, Release);
+}
+
+/// Changes whenever a lock may have been released: a request that waits for one need not try again while it is the same.
+pub(super) fn epoch() -> u64 {
+    EPOCH.load(Acquire)
+}
+
+/// Locks end at the largest offset when they cover whatever the file grows to.
+const END_OF_FILE: u64 = i64::MAX as u64;
+
+#[derive(FromZeros)]
+#[repr(C)]
+pub(super) struct Owner {
+    nodeid: AtomicU64,
+    owner: AtomicU64,
+    /// The process in the guest that locked last.
+    pid: AtomicI32,
+    _pad: AtomicU32,
+}
+
+impl Record for Owner {
+    fn retire(&self, fd: i32) {
+        sys::close(fd);
+        released();
+    }
+}
+
+impl Owner {
+    fn is(&self, nodeid: u64, owner: u64) -> bool {
+        self.nodeid.load(Relaxed) == nodeid && self.owner.load(Relaxed) == owner
+    }
+}
+
+fn hash(nodeid: u64, owner: u64) -> u64 {
+    let h = (nodeid ^ owner.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    h ^ (h >> 32)
+}
+
+/// A lock request in the kernel's terms.
+pub(super) fn to_range(lock: &fuse_file_lock) -> Result<RangeLock, Errno> {
+    let kind = i32::try_from(lock.type_).map_err(|_| Errno::EINVAL)?;
+    if ![libc::F_RDLCK, libc::F_WRLCK, libc::F_UNLCK].contains(&kind) {
+        return Err(Errno::EINVAL);
+    }
+    let start = i64::try_from(lock.start).map_err(|_| Errno::EINVAL)?;
+    let len = if lock.end >= END_OF_FILE {
+        0
+    } else {
+        let last = lock.end.checked_sub(lock.start).ok_or(Errno::EINVAL)?;
+        i64::try_from(last)
+            .map_err(|_| Errno::EINVAL)?
+            .saturating_add(1)
+    };
+    Ok(RangeLock {
+        kind,
+        start,
+        len,
+        pid: 0,
+    })
+}
+
+/// All lock owners of a device.
+pub(super) struct Locks {
+    table: Table<Owner>,
+}
+
+impl Locks {
+    pub(super) fn new(capacity: u32) -> Result<Locks, Errno> {
+        let table = Table::new(capacity, capacity).ok_or(Errno::ENOMEM)?;
+        Ok(Locks { table })
+    }
+
+    pub(super) fn live(&self) -> u32 {
+        self.table.live()
+    }
+
+    fn find(&self, nodeid: u64, owner: u64) -> Option<Pinned<'_, Owner>> {
+        if self.table.live() == 0 {
+            return None;
+        }
+        let shard = self.table.lock(hash(nodeid, owner));
+        shard.find(|o| o.is(nodeid, owner))?.pin().ok()
+    }
+
+    fn find_or_add(
+        &self,
+        nodeid: u64,
+        owner: u64,
+        open: impl FnOnce() -> Result<Fd, Errno>,
+    ) -> Result<Pinned<'_, Owner>, Errno> {
+        if let Some(found) = self.find(nodeid, owner) {
+            return Ok(found);
+        }
+        let fd = open()?;
+        let shard = self.table.lock(hash(nodeid, owner));
+        if let Some(found) = shard.find(|o| o.is(nodeid, owner)) {
+            let found = found.pin().map_err(|_| Errno::ENOLCK);
+            drop(shard);
+            return found;
+        }
+        let vacant = self.table.reserve().ok_or(Errno::ENOLCK)?;
+        vacant.record().nodeid.store(nodeid, Relaxed);
+        vacant.record().owner.store(owner, Relaxed);
+        vacant.record().pid.store(0, Relaxed);
+        let pin = vacant.publish(Some(fd.into_raw()));
+        shard.link(&pin);
+        Ok(pin)
+    }
+
+    /// Takes or drops a lock, without waiting. `open` gives a new description of the file.
+    pub(super) fn set(
+        &self,
+        nodeid: u64,
+        owner: u64,
+        pid: u32,
+        lock: RangeLock,
+        open: impl FnOnce() -> Result<Fd, Errno>,
+    ) -> Result<(), Errno> {
+        if lock.kind == libc::F_UNLCK {
+            let Some(found) = self.find(nodeid, owner) else {
+                return Ok(());
+            };
+            sys::set_range_lock(found.fd().ok_or(Errno::ENOLCK)?, lock)?;
+            released();
+            if lock.start == 0 && lock.len == 0 {
+                self.drop_if_unused(found);
+            }
+            return Ok(());
+        }
+        let found = self.find_or_add(nodeid, owner, open)?;
+        sys::set_range_lock(found.fd().ok_or(Errno::ENOLCK)?, lock)?;
+        found.record().pid.store(pid as i32, Relaxed);
+        Ok(())
+    }
+
+    /// Gives up the description of an owner that holds no lock any more, unless somebody is about to use it: pins are
+    /// taken under the same lock.
+    fn drop_if_unused(&self, found: Pinned<'_, Owner>) {
+        let owner = found.record();
+        let shard = self
+            .table
+            .lock(hash(owner.nodeid.load(Relaxed), owner.owner.load(Relaxed)));
+        if found.is_sole() {
+            shard.remove(&found);
+        }
+    }
+
+    /// The lock in the way of `lock`, or one with `F_UNLCK`. `fd` is a description that holds no range locks.
+    pub(super) fn get(
+        &self,
+        nodeid: u64,
+        owner: u64,
+        lock: RangeLock,
+        fd: i32,
+    ) -> Result<RangeLock, Errno> {
+        let own = self.find(nodeid, owner);
+        let fd = own.as_ref().and_then(Pinned::fd).unwrap_or(fd);
+        let mut found = sys::get_range_lock(fd, lock)?;
+        if found.kind != libc::F_UNLCK && found.pid < 0 {
+            found.pid = self.other_pid(nodeid, owner);
+        }
+        Ok(found)
+    }
+
+    /// The guest's process behind the only other owner of an inode; 0 when it is not certain which one it is.
+    fn other_pid(&self, nodeid: u64, owner: u64) -> i32 {
+        let mut pid = 0;
+        for index in self.table.indexes() {
+            let Some(other) = self.table.pin_index(index) else {
+                continue;
+            };
+            let other = other.record();
+            if other.nodeid.load(Relaxed) == nodeid && other.owner.load(Relaxed) != owner {
+                if pid != 0 {
+                    return 0;
+                }
+                pid = other.pid.load(Relaxed);
+            }
+        }
+        pid
+    }
+
+    /// Drops all locks of an owner on an inode.
+    pub(super) fn drop_owner(&self, nodeid: u64, owner: u64) {
+        if let Some(found) = self.find(nodeid, owner) {
+            self.table.lock(hash(nodeid, owner)).remove(&found);
+        }
+    }
+
+    /// Drops all locks on an inode.
+    pub(super) fn drop_node(&self, nodeid: u64) {
+        if self.table.live() != 0 {
+            self.sweep(|owner| owner.nodeid.load(Relaxed) == nodeid);
+        }
+    }
+
+    /// Drops all locks.
+    pub(super) fn clear(&self) {
+        self.sweep(|_| true);
+    }
+
+    fn sweep(&self, wanted: impl Fn(&Owner) -> bool) {
+        for index in self.table.indexes() {
+            let Some(pin) = self.table.pin_index(index) else {
+                continue;
+            };
+            let owner = pin.record();
+            if wanted(owner) {
+                let key = hash(owner.nodeid.load(Relaxed), owner.owner.load(Relaxed));
+                self.table.lock(key).remove(&pin);
+            }
+        }
+    }
+}
+
+impl Drop for Locks {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}

@@ -1,0 +1,222 @@
+//! Attributes, permissions, and what ioctl(2) can ask of an inode.
+
+use ferry_shared::errno::Errno;
+
+use super::identity::Identity;
+use super::sys;
+use super::{Passthrough, attr};
+use crate::fsdev::Caller;
+use crate::fuse::abi::*;
+
+const FS_IOC_GETFLAGS: u32 = 0x8008_6601;
+const FS_IOC_SETFLAGS: u32 = 0x4008_6602;
+const FS_IOC_GETVERSION: u32 = 0x8008_7601;
+const FS_IOC32_GETFLAGS: u32 = 0x8004_6601;
+const FS_IOC32_SETFLAGS: u32 = 0x4004_6602;
+const FS_IOC32_GETVERSION: u32 = 0x8004_7601;
+const FS_IOC_FSGETXATTR: u32 = 0x801c_581f;
+const FS_IOC_FSSETXATTR: u32 = 0x401c_5820;
+const FIBMAP: u32 = 1;
+const FIGETBSZ: u32 = 2;
+
+/// What an ioctl moves.
+struct Ioctl {
+    /// As the host's kernel knows it.
+    host: u32,
+    /// Bytes that the kernel reads.
+    input: usize,
+    /// Bytes that it gives back.
+    output: usize,
+}
+
+/// The commands that are passed on. The kernel moves 4 bytes for flags and versions, whatever the encoded size says.
+fn known_ioctl(command: u32) -> Option<Ioctl> {
+    let (host, input, output) = match command {
+        FS_IOC_GETFLAGS | FS_IOC32_GETFLAGS => (FS_IOC_GETFLAGS, 0, 4),
+        FS_IOC_SETFLAGS | FS_IOC32_SETFLAGS => (FS_IOC_SETFLAGS, 4, 0),
+        FS_IOC_GETVERSION | FS_IOC32_GETVERSION => (FS_IOC_GETVERSION, 0, 4),
+        FS_IOC_FSGETXATTR => (command, 0, 28),
+        FS_IOC_FSSETXATTR => (command, 28, 0),
+        _ => return None,
+    };
+    Some(Ioctl {
+        host,
+        input,
+        output,
+    })
+}
+
+fn time(secs: u64, nsecs: u32) -> libc::timespec {
+    libc::timespec {
+        tv_sec: secs as i64,
+        tv_nsec: i64::from(nsecs),
+    }
+}
+
+fn time_to_set(valid: u32, set: u32, now: u32, secs: u64, nsecs: u32) -> libc::timespec {
+    if valid & now != 0 {
+        time(0, libc::UTIME_NOW as u32)
+    } else if valid & set != 0 {
+        time(secs, nsecs)
+    } else {
+        time(0, libc::UTIME_OMIT as u32)
+    }
+}
+
+impl Passthrough {
+    pub(super) fn do_setattr(
+        &self,
+        nodeid: u64,
+        arg: &fuse_setattr_in,
+    ) -> Result<fuse_attr_out, Errno> {
+        let node = self.inodes.get(nodeid)?;
+        let fh = (arg.valid & FATTR_FH != 0).then_some(arg.fh);
+        if arg.valid & (FATTR_UID | FATTR_GID) != 0 {
+            let uid = if arg.valid & FATTR_UID != 0 {
+                arg.uid
+            } else {
+                u32::MAX
+            };
+            let gid = if arg.valid & FATTR_GID != 0 {
+                arg.gid
+            } else {
+                u32::MAX
+            };
+            sys::chown(node.fd(), uid, gid)?;
+        }
+        // After the owner, whose change takes set-user-ID away; the mode in the same request counts.
+        if arg.valid & FATTR_MODE != 0 {
+            sys::chmod(node.fd(), arg.mode)?;
+        }
+        if arg.valid & FATTR_SIZE != 0 {
+            self.resize(nodeid, fh, arg)?;
+        }
+        // A guest that caches writes also reports its change time, which is the host's to keep.
+        if arg.valid & (FATTR_ATIME | FATTR_MTIME | FATTR_ATIME_NOW | FATTR_MTIME_NOW) != 0 {
+            if arg.atimensec > 999_999_999 || arg.mtimensec > 999_999_999 {
+                return Err(Errno::EINVAL);
+            }
+            let (valid, at, mt) = (arg.valid, arg.atimensec, arg.mtimensec);
+            let times = [
+                time_to_set(valid, FATTR_ATIME, FATTR_ATIME_NOW, arg.atime, at),
+                time_to_set(valid, FATTR_MTIME, FATTR_MTIME_NOW, arg.mtime, mt),
+            ];
+            sys::set_times(node.fd(), &times)?;
+        }
+        Ok(self.attr_out(&sys::stat_fd(node.fd())?))
+    }
+
+    pub(super) fn do_statx(
+        &self,
+        nodeid: u64,
+        arg: &fuse_statx_in,
+    ) -> Result<fuse_statx_out, Errno> {
+        let mask = (arg.sx_mask & sys::STAT_MASK) | libc::STATX_BASIC_STATS;
+        let stat = if arg.getattr_flags & FUSE_GETATTR_FH != 0 {
+            let file = self.handles.any(arg.fh, nodeid)?;
+            sys::stat_fd_with(file.fd(), arg.sx_flags, mask)?
+        } else {
+            let node = self.inodes.get(nodeid)?;
+            sys::stat_fd_with(node.fd(), arg.sx_flags, mask)?
+        };
+        let (attr_valid, attr_valid_nsec) = self.validity();
+        Ok(fuse_statx_out {
+            attr_valid,
+            attr_valid_nsec,
+            flags: 0,
+            spare: [0; 2],
+            stat: attr::statx(&stat),
+        })
+    }
+
+    pub(super) fn do_access(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        mask: u32,
+    ) -> Result<(), Errno> {
+        if mask & !0o7 != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let node = self.inodes.get(nodeid)?;
+        let _caller = Identity::assume(caller, 0)?;
+        sys::access(node.fd(), mask)
+    }
+
+    pub(super) fn do_bmap(&self, nodeid: u64, arg: &fuse_bmap_in) -> Result<u64, Errno> {
+        let node = self.inodes.get(nodeid)?;
+        if node.kind() != libc::S_IFREG || arg.blocksize == 0 {
+            return Err(Errno::EINVAL);
+        }
+        let file = self
+            .inodes
+            .with_fds(|| sys::reopen(node.fd(), libc::O_RDONLY))?;
+        let mut data = [0u8; 32];
+        sys::ioctl(file.raw(), FIGETBSZ, &mut data)?;
+        let host_size = u64::from(first_u32(&data));
+        let size = u64::from(arg.blocksize);
+        let offset = arg.block.checked_mul(size).ok_or(Errno::EINVAL)?;
+        let block = offset.checked_div(host_size).ok_or(Errno::EIO)?;
+        let within = offset.checked_rem(host_size).ok_or(Errno::EIO)?;
+        let block = u32::try_from(block).map_err(|_| Errno::EOVERFLOW)?;
+        data = [0u8; 32];
+        put_u32(&mut data, block);
+        sys::ioctl(file.raw(), FIBMAP, &mut data)?;
+        // A hole is block 0.
+        match u64::from(first_u32(&data)) {
+            0 => Ok(0),
+            found => found
+                .checked_mul(host_size)
+                .and_then(|at| at.checked_add(within))
+                .and_then(|at| at.checked_div(size))
+                .ok_or(Errno::EOVERFLOW),
+        }
+    }
+
+    pub(super) fn do_ioctl(
+        &self,
+        nodeid: u64,
+        arg: &fuse_ioctl_in,
+        input: &[u8],
+        out: &mut [u8],
+    ) -> Result<(fuse_ioctl_out, usize), Errno> {
+        let known = known_ioctl(arg.cmd).ok_or(Errno::ENOTTY)?;
+        let file = self.handles.any(arg.fh, nodeid)?;
+        let mut data = [0u8; 32];
+        let given = input.get(..known.input).ok_or(Errno::EINVAL)?;
+        for (to, from) in data.iter_mut().zip(given) {
+            *to = *from;
+        }
+        let out = out.get_mut(..known.output).ok_or(Errno::EINVAL)?;
+        let result = sys::ioctl(file.fd(), known.host, &mut data)?;
+        for (to, from) in out.iter_mut().zip(&data) {
+            *to = *from;
+        }
+        let reply = fuse_ioctl_out {
+            result,
+            flags: 0,
+            in_iovs: 0,
+            out_iovs: 0,
+        };
+        Ok((reply, known.output))
+    }
+
+    pub(super) fn do_syncfs(&self, nodeid: u64) -> Result<(), Errno> {
+        let node = self.inodes.get(nodeid)?;
+        match self.inodes.mount_of(&node) {
+            Some(mount) => sys::syncfs(mount.fd),
+            None => Err(Errno::EOPNOTSUPP),
+        }
+    }
+}
+
+fn first_u32(data: &[u8; 32]) -> u32 {
+    data.first_chunk()
+        .map_or(0, |bytes| u32::from_ne_bytes(*bytes))
+}
+
+fn put_u32(data: &mut [u8; 32], value: u32) {
+    if let Some(bytes) = data.first_chunk_mut() {
+        *bytes = value.to_ne_bytes();
+    }
+}

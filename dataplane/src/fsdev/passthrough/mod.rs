@@ -1,0 +1,529 @@
+//! The `aio` file-system device: a directory of this machine.
+//!
+//! Owns everything that a guest can name in the export: inodes ([`inode`]), open files ([`handle`]), lock owners
+//! ([`lock`]). Called by the dispatcher from any core and from helper threads; nothing here allocates after
+//! [`Passthrough::new`].
+//!
+//! # What keeps a guest inside
+//!
+//! A name is one component, resolved relative to a directory descriptor by `openat2` with `RESOLVE_BENEATH` and without
+//! following links, or looked at with `AT_SYMLINK_NOFOLLOW`. An inode that is known is used through its own descriptor or
+//! file handle, never by name again. Only regular files and directories are ever opened; guests handle FIFOs, sockets
+//! and device nodes themselves.
+//!
+//! # Who acts
+//!
+//! The guest's kernel checks permissions (virtio-fs mounts have `default_permissions`), so most operations run as the
+//! service. What creates an inode, and ACCESS, runs as the caller ([`identity`]), so that owner, group, mode and ACLs come
+//! out as the host's kernel would make them.
+
+mod attr;
+mod dir;
+mod file;
+mod handle;
+mod identity;
+mod inode;
+mod lock;
+mod meta;
+mod mounts;
+mod names;
+mod sys;
+mod xattr;
+
+use alloc::ffi::CString;
+use alloc::format;
+use core::ffi::CStr;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
+use core::sync::atomic::fence;
+
+use ferry_shared::errno::Errno;
+use ferry_shared::msg::{AioSpec, Failure, Placement};
+
+use self::handle::Handles;
+use self::inode::Inodes;
+use self::lock::Locks;
+use super::{Caller, DirSink, FsDev, IoOp, IoResult, Negotiated, Offer, Pin};
+use crate::fuse::abi::*;
+use crate::mem::Segments;
+
+/// Sizes of a device's tables. Unused entries cost address space only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Inodes that a guest can know at once.
+    pub inodes: u32,
+    /// Files and directories that it can have open at once.
+    pub handles: u32,
+    /// Pairs of inode and lock owner with POSIX locks.
+    pub lock_owners: u32,
+    /// Inodes that are held by a descriptor, where they can be reopened by file handle.
+    pub hot_inodes: u32,
+}
+
+impl Default for Capacity {
+    /// Raises the process's soft limit on open files to the hard one, and takes a quarter of it for hot inodes.
+    fn default() -> Capacity {
+        let limit = sys::raise_fd_limit(super::table::FD_LIMIT as u64);
+        Capacity {
+            inodes: 1 << 20,
+            handles: 1 << 16,
+            lock_owners: 1 << 13,
+            hot_inodes: u32::try_from(limit / 4)
+                .unwrap_or(u32::MAX)
+                .clamp(64, 1 << 16),
+        }
+    }
+}
+
+/// A directory as a file-system device.
+pub struct Passthrough {
+    // Dropped in this order: locks and handles belong to inodes.
+    locks: Locks,
+    handles: Handles,
+    inodes: Inodes,
+    /// INIT flags of the mount.
+    granted: AtomicU64,
+    /// Goes up with every end of a mount.
+    session: AtomicU64,
+    spec: AioSpec,
+    /// The export is on a file system that can stall.
+    remote: bool,
+}
+
+impl Passthrough {
+    /// Opens the directory that `spec` names.
+    pub fn new(spec: &AioSpec) -> Result<Passthrough, Failure> {
+        Passthrough::with_capacity(spec, Capacity::default())
+    }
+
+    /// As [`Passthrough::new`], with tables of these sizes.
+    pub fn with_capacity(spec: &AioSpec, capacity: Capacity) -> Result<Passthrough, Failure> {
+        let path = &spec.root_path;
+        let c_path = CString::new(path.as_str()).map_err(|_| {
+            Failure::new(
+                Errno::EINVAL,
+                format!("root_path {path:?} contains a NUL byte"),
+            )
+        })?;
+        let root = sys::open_path(&c_path, libc::O_PATH | libc::O_DIRECTORY).map_err(|errno| {
+            let detail = match errno {
+                Errno::ENOENT => format!("root_path {path:?} does not exist; create it first"),
+                Errno::ENOTDIR => format!("root_path {path:?} is not a directory"),
+                _ => format!("root_path {path:?} cannot be opened by the data plane"),
+            };
+            Failure::new(errno, detail)
+        })?;
+        let remote = sys::statfs(root.raw()).is_ok_and(|s| is_remote(s.f_type));
+        let failed = |errno| {
+            let detail = format!("cannot set up the inode tables for root_path {path:?}");
+            Failure::new(errno, detail)
+        };
+        Ok(Passthrough {
+            locks: Locks::new(capacity.lock_owners).map_err(failed)?,
+            handles: Handles::new(capacity.handles).map_err(failed)?,
+            inodes: Inodes::new(root, capacity.inodes, capacity.hot_inodes).map_err(failed)?,
+            granted: AtomicU64::new(0),
+            session: AtomicU64::new(0),
+            spec: spec.clone(),
+            remote,
+        })
+    }
+
+    /// How many inodes (the root included), open files and lock owners there are.
+    pub fn usage(&self) -> (u32, u32, u32) {
+        (self.inodes.live(), self.handles.live(), self.locks.live())
+    }
+
+    /// Whether the mount has this INIT flag.
+    fn has(&self, flag: u64) -> bool {
+        self.granted.load(Relaxed) & flag != 0
+    }
+
+    /// The mount that an operation belongs to, to ask [`Passthrough::has_ended`] later.
+    fn session(&self) -> u64 {
+        self.session.load(Relaxed)
+    }
+
+    /// Whether the mount has ended, so that what was just added to a table may have been missed by the sweep.
+    fn has_ended(&self, session: u64) -> bool {
+        // Pairs with the fence in `unmount`: either the sweep sees the addition, or we see that there was one.
+        fence(SeqCst);
+        self.session.load(Relaxed) != session
+    }
+
+    /// Seconds and nanoseconds for which the guest may trust what it gets.
+    fn validity(&self) -> (u64, u32) {
+        let ms = self.spec.attr_valid_ms;
+        (u64::from(ms / 1000), (ms % 1000) * 1_000_000)
+    }
+}
+
+/// File systems that wait for somebody else: by the magic numbers of statfs(2).
+fn is_remote(kind: i64) -> bool {
+    const REMOTE: [u32; 11] = [
+        0x6969,      // NFS
+        0x517b,      // SMB
+        0xfe53_4d42, // SMB2
+        0xff53_4d42, // CIFS
+        0x00c3_6400, // CEPH
+        0x6573_5546, // FUSE
+        0x0102_1997, // 9P
+        0x5346_414f, // AFS
+        0x7375_7245, // CODA
+        0x0116_1970, // GFS2
+        0x7461_636f, // OCFS2
+    ];
+    REMOTE.contains(&(kind as u32))
+}
+
+impl FsDev for Passthrough {
+    fn offer(&self) -> Offer {
+        let mut flags = FUSE_POSIX_LOCKS
+            | FUSE_FLOCK_LOCKS
+            | FUSE_ATOMIC_O_TRUNC
+            | FUSE_EXPORT_SUPPORT
+            | FUSE_DONT_MASK
+            | FUSE_AUTO_INVAL_DATA
+            | FUSE_HANDLE_KILLPRIV
+            | FUSE_HANDLE_KILLPRIV_V2
+            | FUSE_SUBMOUNTS
+            | FUSE_CREATE_SUPP_GROUP
+            | FUSE_DIRECT_IO_ALLOW_MMAP;
+        if self.spec.enable_xattr {
+            flags |= FUSE_POSIX_ACL | FUSE_SECURITY_CTX;
+        }
+        if self.spec.enable_writeback_cache {
+            flags |= FUSE_WRITEBACK_CACHE;
+        }
+        Offer {
+            flags,
+            max_write: self.spec.max_xfer_size,
+            max_readahead: self.spec.max_readahead,
+        }
+    }
+
+    fn mount(&self, negotiated: Negotiated) -> Result<(), Errno> {
+        self.unmount();
+        self.granted.store(negotiated.flags, Relaxed);
+        Ok(())
+    }
+
+    fn unmount(&self) {
+        self.session.fetch_add(1, Relaxed);
+        // Pairs with the fence in `has_ended`.
+        fence(SeqCst);
+        self.locks.clear();
+        self.handles.clear();
+        self.inodes.clear();
+    }
+
+    fn may_block(&self, opcode: u32) -> bool {
+        let everything = match self.spec.metadata {
+            Placement::Inline => false,
+            Placement::Offload => true,
+            Placement::Auto => self.remote,
+        };
+        match opcode {
+            // No system call in these, or none that waits.
+            FUSE_FORGET | FUSE_BATCH_FORGET | FUSE_READ | FUSE_POLL => false,
+            FUSE_SYNCFS | FUSE_COPY_FILE_RANGE | FUSE_COPY_FILE_RANGE_64 => true,
+            _ => everything,
+        }
+    }
+
+    fn lock_epoch(&self) -> u64 {
+        lock::epoch()
+    }
+
+    fn unpin(&self, pin: Pin, _op: IoOp, _result: i32) {
+        self.handles.unpin(pin.0);
+    }
+
+    fn lookup(&self, _: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<fuse_entry_out, Errno> {
+        self.do_lookup(nodeid, name)
+    }
+
+    fn forget(&self, nodeid: u64, nlookup: u64) {
+        self.do_forget(nodeid, nlookup);
+    }
+
+    fn getattr(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        fh: Option<u64>,
+    ) -> Result<fuse_attr_out, Errno> {
+        self.do_getattr(nodeid, fh)
+    }
+
+    fn setattr(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_setattr_in,
+    ) -> Result<fuse_attr_out, Errno> {
+        self.do_setattr(nodeid, arg)
+    }
+
+    fn statx(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_statx_in,
+    ) -> Result<fuse_statx_out, Errno> {
+        self.do_statx(nodeid, arg)
+    }
+
+    fn readlink(&self, _: &Caller<'_>, nodeid: u64, out: &mut [u8]) -> Result<usize, Errno> {
+        self.do_readlink(nodeid, out)
+    }
+
+    fn symlink(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+        target: &CStr,
+    ) -> Result<fuse_entry_out, Errno> {
+        self.make(caller, nodeid, name, 0, |dir| {
+            sys::symlink(target, dir, name)
+        })
+    }
+
+    fn mknod(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+        arg: &fuse_mknod_in,
+    ) -> Result<fuse_entry_out, Errno> {
+        let rdev = attr::decode_dev(arg.rdev);
+        self.make(caller, nodeid, name, arg.umask, |dir| {
+            sys::mknod(dir, name, arg.mode, rdev)
+        })
+    }
+
+    fn mkdir(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+        arg: &fuse_mkdir_in,
+    ) -> Result<fuse_entry_out, Errno> {
+        self.make(caller, nodeid, name, arg.umask, |dir| {
+            sys::mkdir(dir, name, arg.mode)
+        })
+    }
+
+    fn unlink(&self, _: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
+        self.do_unlink(nodeid, name, 0)
+    }
+
+    fn rmdir(&self, _: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
+        self.do_unlink(nodeid, name, libc::AT_REMOVEDIR)
+    }
+
+    fn rename(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+        newdir: u64,
+        newname: &CStr,
+        flags: u32,
+    ) -> Result<(), Errno> {
+        self.do_rename(nodeid, name, newdir, newname, flags)
+    }
+
+    fn link(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        oldnodeid: u64,
+        name: &CStr,
+    ) -> Result<fuse_entry_out, Errno> {
+        self.do_link(nodeid, oldnodeid, name)
+    }
+
+    fn open(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_open_in,
+    ) -> Result<fuse_open_out, Errno> {
+        self.do_open(nodeid, arg.flags, arg.open_flags)
+    }
+
+    fn create(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+        arg: &fuse_create_in,
+    ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
+        self.do_create(caller, nodeid, name, arg)
+    }
+
+    fn tmpfile(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_create_in,
+    ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
+        self.do_tmpfile(caller, nodeid, arg)
+    }
+
+    fn read(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_read_in, dst: Segments<'_>) -> IoResult {
+        self.do_read(nodeid, arg, dst)
+    }
+
+    fn write(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_write_in,
+        src: Segments<'_>,
+    ) -> IoResult {
+        self.do_write(nodeid, arg, src)
+    }
+
+    fn flush(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_flush_in) -> Result<(), Errno> {
+        self.do_flush(nodeid, arg)
+    }
+
+    fn release(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_release_in) -> Result<(), Errno> {
+        self.do_release(nodeid, arg)
+    }
+
+    fn fsync(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_fsync_in) -> IoResult {
+        self.do_fsync(self.handles.file(arg.fh, nodeid)?, arg)
+    }
+
+    fn statfs(&self, _: &Caller<'_>, nodeid: u64) -> Result<fuse_kstatfs, Errno> {
+        let node = self.inodes.get(nodeid)?;
+        Ok(attr::statfs(&sys::statfs(node.fd())?))
+    }
+
+    fn setxattr(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        setxattr_flags: u32,
+    ) -> Result<(), Errno> {
+        self.do_setxattr(nodeid, name, value, flags, setxattr_flags)
+    }
+
+    fn getxattr(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+        out: &mut [u8],
+    ) -> Result<usize, Errno> {
+        self.do_getxattr(nodeid, name, out)
+    }
+
+    fn listxattr(&self, _: &Caller<'_>, nodeid: u64, out: &mut [u8]) -> Result<usize, Errno> {
+        self.do_listxattr(nodeid, out)
+    }
+
+    fn removexattr(&self, _: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
+        self.do_removexattr(nodeid, name)
+    }
+
+    fn opendir(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        _arg: &fuse_open_in,
+    ) -> Result<fuse_open_out, Errno> {
+        self.do_opendir(nodeid)
+    }
+
+    fn readdir(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_read_in,
+        plus: bool,
+        out: &mut dyn DirSink,
+    ) -> Result<(), Errno> {
+        self.do_readdir(nodeid, arg, plus, out)
+    }
+
+    fn releasedir(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_release_in) -> Result<(), Errno> {
+        self.handles.dir(arg.fh, nodeid)?.close();
+        Ok(())
+    }
+
+    fn fsyncdir(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_fsync_in) -> IoResult {
+        self.do_fsync(self.handles.dir(arg.fh, nodeid)?, arg)
+    }
+
+    fn getlk(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_lk_in,
+    ) -> Result<fuse_file_lock, Errno> {
+        self.do_getlk(nodeid, arg)
+    }
+
+    fn setlk(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_lk_in,
+        _wait: bool,
+    ) -> Result<(), Errno> {
+        self.do_setlk(nodeid, arg)
+    }
+
+    fn access(&self, caller: &Caller<'_>, nodeid: u64, mask: u32) -> Result<(), Errno> {
+        self.do_access(caller, nodeid, mask)
+    }
+
+    fn bmap(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_bmap_in) -> Result<u64, Errno> {
+        self.do_bmap(nodeid, arg)
+    }
+
+    fn ioctl(
+        &self,
+        _: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_ioctl_in,
+        input: &[u8],
+        out: &mut [u8],
+    ) -> Result<(fuse_ioctl_out, usize), Errno> {
+        self.do_ioctl(nodeid, arg, input, out)
+    }
+
+    fn poll(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_poll_in) -> Result<u32, Errno> {
+        self.do_poll(nodeid, arg)
+    }
+
+    fn fallocate(&self, caller: &Caller<'_>, nodeid: u64, arg: &fuse_fallocate_in) -> IoResult {
+        self.do_fallocate(caller, nodeid, arg)
+    }
+
+    fn lseek(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_lseek_in) -> Result<u64, Errno> {
+        let file = self.handles.file(arg.fh, nodeid)?;
+        sys::seek(file.fd(), arg.offset, arg.whence)
+    }
+
+    fn copy_file_range(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_copy_file_range_in,
+    ) -> Result<u64, Errno> {
+        self.do_copy_file_range(caller, nodeid, arg)
+    }
+
+    fn syncfs(&self, _: &Caller<'_>, nodeid: u64) -> Result<(), Errno> {
+        self.do_syncfs(nodeid)
+    }
+}

@@ -1,0 +1,475 @@
+//! What exists in this process: file-system devices, functions, started devices. The management thread's state.
+//!
+//! Every change is checked completely before anything is touched, so a refused command has changed nothing. Commands that
+//! have to wait for the cores leave a note with the device and are answered when the device has got there.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ferry_shared::errno::Errno;
+use ferry_shared::limits::{MAX_QUEUES_PER_SERVICE, NAME_LEN};
+use ferry_shared::msg::{
+    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevSpec, Item, Reply,
+    Service as Facts,
+};
+
+use crate::cores::CoreSet;
+use crate::fsdev::registry::AnyFsDev;
+use crate::fuse::session::Session;
+use crate::id::{CoreEvent, DeviceId};
+use crate::os::poller::{Poller, Token};
+use crate::platform::Platform;
+use crate::reactor::DeviceShared;
+use crate::transport::Transport;
+
+/// The answer to a command: at once, or later under the same number.
+pub type Answer = (u64, Result<Reply, Failure>);
+
+/// What a device does next, once its queues are quiet.
+enum Next {
+    /// Report that it is paused.
+    Paused { seq: u64 },
+    /// Close it.
+    Close { seq: u64 },
+    /// Close it and start it with another specification.
+    Reopen { seq: u64, spec: Box<DeviceSpec> },
+}
+
+/// A started device.
+struct Device {
+    id: DeviceId,
+    spec: DeviceSpec,
+    transport: Transport,
+    shared: Arc<DeviceShared<AnyFsDev>>,
+    next: Option<Next>,
+    /// Told to pause, and not yet told to go on.
+    paused: bool,
+    connected: bool,
+}
+
+/// The state of the data plane.
+pub struct Service {
+    platform: Platform,
+    run_dir: PathBuf,
+    cpus: Vec<u32>,
+    cores: CoreSet<AnyFsDev>,
+    poller: Arc<Poller>,
+    fsdevs: BTreeMap<String, FsdevSpec>,
+    devices: Vec<Device>,
+    last_id: u32,
+    answers: Vec<Answer>,
+    events: Vec<Event>,
+}
+
+fn refuse<T>(errno: Errno, detail: String) -> Result<T, Failure> {
+    Err(Failure::new(errno, detail))
+}
+
+impl Service {
+    /// An empty service.
+    pub fn new(
+        platform: Platform,
+        run_dir: PathBuf,
+        cpus: Vec<u32>,
+        cores: CoreSet<AnyFsDev>,
+        poller: Arc<Poller>,
+    ) -> Service {
+        Service {
+            platform,
+            run_dir,
+            cpus,
+            cores,
+            poller,
+            fsdevs: BTreeMap::new(),
+            devices: Vec::new(),
+            last_id: 0,
+            answers: Vec::new(),
+            events: Vec::new(),
+        }
+    }
+
+    /// The cores, for the loop that waits for them.
+    pub fn cores(&self) -> &CoreSet<AnyFsDev> {
+        &self.cores
+    }
+
+    /// Carries out a command. Its answer comes out of [`Service::take_answers`], now or later.
+    pub fn command(&mut self, seq: u64, command: Command) {
+        let result = match command {
+            Command::Snapshot { from } => Ok(Some(self.snapshot(from))),
+            Command::FsdevCreate(spec) => self.fsdev_create(spec).map(|()| Some(Reply::Done)),
+            Command::FsdevDelete { name } => self.fsdev_delete(&name).map(|()| Some(Reply::Done)),
+            Command::DeviceStart(spec) => self.device_start(seq, spec),
+            Command::DeviceStop { name } => self.device_stop(seq, &name),
+            Command::DeviceDestroy { name } => self.device_destroy(seq, &name),
+        };
+        match result {
+            Ok(Some(reply)) => self.answers.push((seq, Ok(reply))),
+            Ok(None) => {}
+            Err(failure) => self.answers.push((seq, Err(failure))),
+        }
+        self.settle();
+    }
+
+    /// Takes the answers that have become ready.
+    pub fn take_answers(&mut self) -> Vec<Answer> {
+        std::mem::take(&mut self.answers)
+    }
+
+    /// Takes what has happened.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// A socket of a device is ready.
+    pub fn ready(&mut self, token: Token) {
+        if let Some(device) = self.devices.iter_mut().find(|d| d.id == token.device) {
+            device.transport.ready(token.local, &mut self.cores);
+        }
+        self.settle();
+    }
+
+    /// Takes what the cores have to say.
+    pub fn drain_cores(&mut self) {
+        while let Some(event) = self.cores.take_event() {
+            let id = match &event {
+                CoreEvent::QueueStopped { device, .. }
+                | CoreEvent::MemoryReplaced { device }
+                | CoreEvent::QueueFailed { device, .. }
+                | CoreEvent::Mounted { device, .. } => *device,
+            };
+            let Some(device) = self.devices.iter_mut().find(|d| d.id == id) else {
+                continue;
+            };
+            match &event {
+                CoreEvent::Mounted { mounted, .. } => {
+                    let mounted = *mounted;
+                    tracing::info!(
+                        device = device.spec.name,
+                        tag = device.spec.tag,
+                        mounted,
+                        "FUSE session"
+                    );
+                    self.events.push(Event::Mounted {
+                        device: device.spec.name.clone(),
+                        mounted,
+                    });
+                }
+                CoreEvent::QueueFailed { index, .. } => {
+                    tracing::warn!(
+                        device = device.spec.name,
+                        queue = index.0,
+                        "the driver broke the ring; it needs a reset"
+                    );
+                }
+                CoreEvent::QueueStopped { .. } | CoreEvent::MemoryReplaced { .. } => {}
+            }
+            device.transport.core_event(event, &mut self.cores);
+        }
+        self.settle();
+    }
+
+    /// Closes every device and ends the cores.
+    pub fn shut_down(mut self) {
+        for device in &mut self.devices {
+            device.next = Some(Next::Close { seq: 0 });
+            device.transport.begin_close(&mut self.cores);
+        }
+        // Requests on a file system that never answers cannot be waited for; the kernel ends them with the process.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        let mut ready = Vec::new();
+        while !self.devices.is_empty() && std::time::Instant::now() < deadline {
+            let timeout = if self.cores.prepare_sleep() { 100 } else { 0 };
+            let _ = self.poller.wait(&mut ready, timeout);
+            self.cores.awake();
+            self.drain_cores();
+        }
+        if self.devices.is_empty() {
+            self.cores.shut_down();
+        }
+    }
+
+    // ---- commands ----
+
+    fn snapshot(&self, from: u32) -> Reply {
+        let service = Item::Service(Facts {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            cores: self.cpus.clone(),
+            run_dir: self.run_dir.to_string_lossy().into_owned(),
+        });
+        let managers = self.platform.describe_managers().map(Item::Manager);
+        let functions = self
+            .platform
+            .describe_functions(&self.run_dir)
+            .map(Item::Function);
+        let fsdevs = self.fsdevs.values().cloned().map(Item::Fsdev);
+        let devices = self.devices.iter().map(|d| {
+            Item::Device(DeviceSnapshot {
+                spec: d.spec.clone(),
+                paused: d.paused,
+                connected: d.connected,
+                mounted: d.shared.session.mounted(),
+            })
+        });
+        let all = std::iter::once(service)
+            .chain(managers)
+            .chain(functions)
+            .chain(fsdevs)
+            .chain(devices);
+        // The longest item is an fsdev with its path; this many fit a frame whatever they are.
+        const PAGE: usize = ferry_shared::limits::MAX_FRAME / (2 * (4096 + 4 * NAME_LEN));
+        let mut items: Vec<Item> = all.skip(from as usize).take(PAGE + 1).collect();
+        let more = items.len() > PAGE;
+        items.truncate(PAGE);
+        let next = more.then_some(from.saturating_add(PAGE as u32));
+        Reply::Snapshot { items, next }
+    }
+
+    fn fsdev_create(&mut self, spec: FsdevSpec) -> Result<(), Failure> {
+        spec.check()?;
+        if self.fsdevs.contains_key(&spec.name) {
+            return refuse(Errno::EEXIST, format!("fsdev {} exists already", spec.name));
+        }
+        // One is made in any case: it is what finds out whether the export can be used.
+        let mut backend = Some(AnyFsDev::new(&spec)?);
+        for device in self.devices.iter().filter(|d| d.spec.fsdev == spec.name) {
+            let backend = match backend.take() {
+                Some(backend) => backend,
+                None => AnyFsDev::new(&spec)?,
+            };
+            device.shared.set_backend(Some(Arc::new(backend)));
+        }
+        tracing::info!(fsdev = spec.name, "created");
+        self.fsdevs.insert(spec.name.clone(), spec);
+        Ok(())
+    }
+
+    fn fsdev_delete(&mut self, name: &str) -> Result<(), Failure> {
+        if !self.fsdevs.contains_key(name) {
+            return refuse(Errno::ENODEV, format!("there is no fsdev {name}"));
+        }
+        let users = || self.devices.iter().filter(|d| d.spec.fsdev == name);
+        if let Some(user) = users().find(|d| d.shared.session.mounted()) {
+            let user = &user.spec.name;
+            let detail = format!(
+                "fsdev {name} is mounted through device {user}; unmount it in the guest, or stop and destroy {user}"
+            );
+            return refuse(Errno::EBUSY, detail);
+        }
+        for device in users() {
+            device.shared.set_backend(None);
+        }
+        self.fsdevs.remove(name);
+        tracing::info!(fsdev = name, "deleted");
+        Ok(())
+    }
+
+    fn device_start(&mut self, seq: u64, spec: DeviceSpec) -> Result<Option<Reply>, Failure> {
+        spec.check()?;
+        self.check_start(&spec)?;
+        let Some(device) = self.devices.iter_mut().find(|d| d.spec.name == spec.name) else {
+            self.open(spec)?;
+            return Ok(Some(Reply::Done));
+        };
+        if device.spec == spec {
+            device.paused = false;
+            device.transport.resume(&mut self.cores);
+            tracing::info!(device = spec.name, "resumed");
+            return Ok(Some(Reply::Done));
+        }
+        device.transport.begin_close(&mut self.cores);
+        device.next = Some(Next::Reopen {
+            seq,
+            spec: Box::new(spec),
+        });
+        Ok(None)
+    }
+
+    /// Checks a start against what else exists.
+    fn check_start(&self, spec: &DeviceSpec) -> Result<(), Failure> {
+        if let Some(device) = self.devices.iter().find(|d| d.spec.name == spec.name) {
+            device.idle()?;
+            if !device.paused {
+                return refuse(
+                    Errno::EALREADY,
+                    format!("device {} is running already", spec.name),
+                );
+            }
+        }
+        let others = || self.devices.iter().filter(|d| d.spec.name != spec.name);
+        let used: u32 = others().map(|d| d.spec.queues()).sum();
+        let wanted = spec.queues();
+        if used.saturating_add(wanted) > MAX_QUEUES_PER_SERVICE {
+            let detail = format!(
+                "device {} needs {wanted} virtqueues, but {used} of the service's {MAX_QUEUES_PER_SERVICE} are in use",
+                spec.name
+            );
+            return refuse(Errno::ENOSPC, detail);
+        }
+        if let Attach::Doca { manager, vuid } = &spec.attach {
+            self.platform.find(manager, vuid)?;
+            let owner = others()
+                .find(|d| matches!(&d.spec.attach, Attach::Doca { vuid: v, .. } if v == vuid));
+            if let Some(owner) = owner {
+                return refuse(
+                    Errno::EBUSY,
+                    format!("function {vuid} is used by device {}", owner.spec.name),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens a device that has been checked.
+    fn open(&mut self, spec: DeviceSpec) -> Result<(), Failure> {
+        let backend = match self.fsdevs.get(&spec.fsdev) {
+            Some(fsdev) => Some(Arc::new(AnyFsDev::new(fsdev)?)),
+            None => {
+                tracing::warn!(
+                    device = spec.name,
+                    fsdev = spec.fsdev,
+                    "no such fsdev; mounting will fail until it is created"
+                );
+                None
+            }
+        };
+        self.last_id += 1;
+        let id = DeviceId(self.last_id);
+        let shared = Arc::new(DeviceShared::new(
+            Session::new(spec.driver_platform),
+            backend,
+        ));
+        let poller = Arc::clone(&self.poller);
+        let transport = match &spec.attach {
+            Attach::Doca { manager, vuid } => {
+                let function = self.platform.find(manager, vuid)?;
+                let socket = function.socket(&self.run_dir);
+                Transport::open_vfio_user(&spec, id, function, &socket, poller)?
+            }
+            Attach::VhostUser => {
+                let socket = self
+                    .run_dir
+                    .join("vhost")
+                    .join(format!("{}.sock", spec.name));
+                Transport::open_vhost_user(&spec, id, &socket, poller)?
+            }
+        };
+        self.cores.attach(id, Arc::clone(&shared));
+        tracing::info!(
+            device = spec.name,
+            tag = spec.tag,
+            fsdev = spec.fsdev,
+            "started"
+        );
+        self.devices.push(Device {
+            id,
+            spec,
+            transport,
+            shared,
+            next: None,
+            paused: false,
+            connected: false,
+        });
+        Ok(())
+    }
+
+    fn device_stop(&mut self, seq: u64, name: &str) -> Result<Option<Reply>, Failure> {
+        let device = self.find(name)?;
+        device.idle()?;
+        if device.paused {
+            return refuse(Errno::EALREADY, format!("device {name} is stopped already"));
+        }
+        device.next = Some(Next::Paused { seq });
+        let index = self.devices.iter().position(|d| d.spec.name == name);
+        if let Some(device) = index.and_then(|i| self.devices.get_mut(i)) {
+            device.paused = true;
+            device.transport.pause(&mut self.cores);
+        }
+        Ok(None)
+    }
+
+    fn device_destroy(&mut self, seq: u64, name: &str) -> Result<Option<Reply>, Failure> {
+        let device = self.find(name)?;
+        device.idle()?;
+        if !device.paused {
+            return refuse(
+                Errno::EBUSY,
+                format!("device {name} is running; stop it first"),
+            );
+        }
+        device.next = Some(Next::Close { seq });
+        let index = self.devices.iter().position(|d| d.spec.name == name);
+        if let Some(device) = index.and_then(|i| self.devices.get_mut(i)) {
+            device.transport.begin_close(&mut self.cores);
+        }
+        Ok(None)
+    }
+
+    fn find(&mut self, name: &str) -> Result<&mut Device, Failure> {
+        let found = self.devices.iter_mut().find(|d| d.spec.name == name);
+        found.ok_or_else(|| Failure::new(Errno::ENODEV, format!("device {name} is not started")))
+    }
+
+    // ---- what follows from changes ----
+
+    /// Goes on with devices that have become quiet, and reports connections that came or went.
+    fn settle(&mut self) {
+        for device in &mut self.devices {
+            let connected = device.transport.connected();
+            if connected != device.connected {
+                device.connected = connected;
+                tracing::info!(device = device.spec.name, connected, "peer");
+                self.events.push(Event::Connected {
+                    device: device.spec.name.clone(),
+                    connected,
+                });
+            }
+        }
+        while let Some(at) = self
+            .devices
+            .iter()
+            .position(|d| d.next.is_some() && d.transport.is_quiet())
+        {
+            let Some(next) = self.devices.get_mut(at).and_then(|d| d.next.take()) else {
+                break;
+            };
+            match next {
+                Next::Paused { seq } => self.answers.push((seq, Ok(Reply::Done))),
+                Next::Close { seq } => {
+                    self.close(at);
+                    self.answers.push((seq, Ok(Reply::Done)));
+                }
+                Next::Reopen { seq, spec } => {
+                    self.close(at);
+                    let opened = self.open(*spec).map(|()| Reply::Done);
+                    self.answers.push((seq, opened));
+                }
+            }
+        }
+    }
+
+    /// Forgets a device that is quiet; its socket goes with its transport.
+    fn close(&mut self, at: usize) {
+        let device = self.devices.remove(at);
+        if let Some(backend) = device.shared.backend() {
+            crate::reactor::Backend::reset(&*backend, &device.shared.session);
+        }
+        self.cores.detach(device.id);
+        tracing::info!(device = device.spec.name, "closed");
+    }
+}
+
+impl Device {
+    /// Refuses while an earlier command is still under way.
+    fn idle(&self) -> Result<(), Failure> {
+        let what = match &self.next {
+            None => return Ok(()),
+            Some(Next::Paused { .. }) => "is being stopped",
+            Some(Next::Close { .. }) => "is being destroyed",
+            Some(Next::Reopen { .. }) => "is being started",
+        };
+        refuse(Errno::EALREADY, format!("device {} {what}", self.spec.name))
+    }
+}

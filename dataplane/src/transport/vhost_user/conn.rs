@@ -1,0 +1,607 @@
+//! One connection: what a front end's messages mean for the device.
+//!
+//! A pure state machine: [`Conn::handle`] takes a message and says what to answer, at once or after the cores have reported
+//! something. It does no socket I/O. Everything that it keeps goes with the connection.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use ferry_shared::limits::{MAX_MEMORY_REGIONS, MAX_RING_SIZE};
+
+use super::error::PeerError;
+use super::frame::Message;
+use super::memory::MemoryTable;
+use super::ring::{Base, Ring, event, self_kick};
+use super::wire::{
+    ConfigHeader, F_PROTOCOL_FEATURES, INFLIGHT_MIN, Inflight, MAX_CONFIG, MAX_TABLE_REGIONS,
+    MemRegion, MemRegionMsg, MemTable, ProtocolFeatures, Request, VRING_INDEX_MASK, VRING_NOFD,
+    VringAddr, VringState,
+};
+use crate::engine::{Cores, QueueIdx};
+use crate::mem::{GuestMap, Iova};
+use crate::os::eventfd::EventFd;
+use crate::os::mmap::{MappedRegion, SharedMap, guest_map, new_memfd};
+use crate::transport::running::{Notice, QueueSetup, RunningQueues};
+use crate::virtio::device::{DeviceModel, StatusEffect};
+use crate::virtio::inflight::{InflightQueue, queue_record_len};
+
+/// The parts of the device that a message can act on.
+pub(super) struct Device<'a> {
+    pub(super) model: &'a mut DeviceModel,
+    pub(super) queues: &'a mut RunningQueues,
+    pub(super) cores: &'a mut dyn Cores,
+}
+
+/// What to answer.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// An acknowledgement, if the front end asked for one.
+    Ack,
+    /// A reply that the message always has.
+    Reply(Vec<u8>, Option<OwnedFd>),
+    /// Not yet.
+    Later(Wait),
+}
+
+impl Answer {
+    fn number(value: u64) -> Answer {
+        Answer::Reply(value.as_bytes().to_vec(), None)
+    }
+}
+
+/// What an answer waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// A ring is to stop, and the reply tells where.
+    Position(QueueIdx),
+    /// A ring is to stop.
+    Stop(QueueIdx),
+    /// Guest memory is to be replaced.
+    Memory,
+    /// The device is to be reset.
+    Reset,
+}
+
+/// The in-flight record that the front end keeps.
+#[derive(Debug)]
+struct Record {
+    map: Arc<GuestMap>,
+    queues: u16,
+    queue_size: u16,
+}
+
+/// A front end's session.
+#[derive(Debug)]
+pub(super) struct Conn {
+    features: u64,
+    protocol: ProtocolFeatures,
+    rings: Vec<Ring>,
+    memory: MemoryTable,
+    record: Option<Record>,
+}
+
+/// Protocol features of this back end.
+const OFFERED: ProtocolFeatures = ProtocolFeatures::MQ
+    .union(ProtocolFeatures::REPLY_ACK)
+    .union(ProtocolFeatures::CONFIG)
+    .union(ProtocolFeatures::INFLIGHT_SHMFD)
+    .union(ProtocolFeatures::RESET_DEVICE)
+    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(ProtocolFeatures::STATUS);
+
+impl Conn {
+    pub(super) fn new(queues: u16) -> Conn {
+        Conn {
+            features: 0,
+            protocol: ProtocolFeatures::empty(),
+            rings: (0..queues).map(|_| Ring::default()).collect(),
+            memory: MemoryTable::default(),
+            record: None,
+        }
+    }
+
+    /// Whether the front end may ask for acknowledgements.
+    pub(super) fn acks(&self) -> bool {
+        self.protocol.contains(ProtocolFeatures::REPLY_ACK)
+    }
+
+    /// Obeys one message.
+    pub(super) fn handle(
+        &mut self,
+        mut message: Message,
+        device: &mut Device<'_>,
+    ) -> Result<Answer, PeerError> {
+        let m = &mut message;
+        self.check_negotiated(m.request)?;
+        match m.request {
+            Request::GetFeatures => {
+                let offered = device.model.offered().bits();
+                Ok(Answer::number(offered | F_PROTOCOL_FEATURES))
+            }
+            Request::SetFeatures => self.set_features(m.read()?, device),
+            Request::GetProtocolFeatures => Ok(Answer::number(OFFERED.bits())),
+            Request::SetProtocolFeatures => self.set_protocol_features(m.read()?),
+            Request::SetOwner => Ok(Answer::Ack),
+            Request::GetQueueNum => Ok(Answer::number(device.model.num_queues().into())),
+            Request::GetMaxMemSlots => Ok(Answer::number(MAX_MEMORY_REGIONS as u64)),
+            Request::SetMemTable => self.set_mem_table(m, device),
+            Request::AddMemReg => {
+                let MemRegionMsg { region, .. } = m.read()?;
+                let fd = m.one_fd()?;
+                let table = self.memory.with(region, &fd)?;
+                self.replace_memory(table, device)
+            }
+            Request::RemMemReg => {
+                // A descriptor may come along; it is closed.
+                let MemRegionMsg { region, .. } = m.read()?;
+                let table = self.memory.without(&region)?;
+                self.replace_memory(table, device)
+            }
+            Request::SetVringNum
+            | Request::SetVringAddr
+            | Request::SetVringBase
+            | Request::GetVringBase
+            | Request::SetVringKick
+            | Request::SetVringCall
+            | Request::SetVringErr
+            | Request::SetVringEnable => self.ring_message(m, device),
+            Request::GetConfig => get_config(m, device.model),
+            // Every field is read-only for the driver, and a guest's stray write is no fault of the front end.
+            Request::SetConfig => {
+                let (_, _) = config_area(m)?;
+                Ok(Answer::Ack)
+            }
+            Request::GetInflightFd => create_record(m, device.model),
+            Request::SetInflightFd => self.set_record(m),
+            Request::SetStatus => self.set_status(m.read()?, device),
+            Request::GetStatus => Ok(Answer::number(device.model.status().bits().into())),
+            Request::ResetDevice | Request::ResetOwner => Ok(self.reset(device)),
+            Request::SetLogBase
+            | Request::SetLogFd
+            | Request::SendRarp
+            | Request::NetSetMtu
+            | Request::SetBackendReqFd
+            | Request::IotlbMsg
+            | Request::SetVringEndian
+            | Request::CreateCryptoSession
+            | Request::CloseCryptoSession
+            | Request::PostcopyAdvise
+            | Request::PostcopyListen
+            | Request::PostcopyEnd
+            | Request::GpuSetSocket
+            | Request::VringKick => Err(PeerError::Unsupported(m.request)),
+        }
+    }
+
+    /// Messages that exist only with a protocol feature.
+    fn check_negotiated(&self, request: Request) -> Result<(), PeerError> {
+        let needs = match request {
+            Request::GetConfig | Request::SetConfig => ProtocolFeatures::CONFIG,
+            Request::GetInflightFd | Request::SetInflightFd => ProtocolFeatures::INFLIGHT_SHMFD,
+            Request::SetStatus | Request::GetStatus => ProtocolFeatures::STATUS,
+            Request::ResetDevice => ProtocolFeatures::RESET_DEVICE,
+            Request::AddMemReg | Request::RemMemReg | Request::GetMaxMemSlots => {
+                ProtocolFeatures::CONFIGURE_MEM_SLOTS
+            }
+            Request::GetQueueNum => ProtocolFeatures::MQ,
+            _ => ProtocolFeatures::empty(),
+        };
+        if self.protocol.contains(needs) {
+            Ok(())
+        } else {
+            Err(PeerError::Unsupported(request))
+        }
+    }
+
+    fn set_features(&mut self, bits: u64, device: &mut Device<'_>) -> Result<Answer, PeerError> {
+        let offered = device.model.offered().bits() | F_PROTOCOL_FEATURES;
+        if bits & !offered != 0 {
+            return Err(PeerError::Features(bits & !offered));
+        }
+        self.features = bits;
+        device.model.write_features(bits & !F_PROTOCOL_FEATURES);
+        Ok(Answer::Ack)
+    }
+
+    fn set_protocol_features(&mut self, bits: u64) -> Result<Answer, PeerError> {
+        let wanted = ProtocolFeatures::from_bits_retain(bits);
+        let alien = wanted.difference(OFFERED);
+        if !alien.is_empty() {
+            return Err(PeerError::Features(alien.bits()));
+        }
+        self.protocol = wanted;
+        Ok(Answer::Ack)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        m: &mut Message,
+        device: &mut Device<'_>,
+    ) -> Result<Answer, PeerError> {
+        let size = PeerError::Size {
+            request: m.request,
+            size: m.payload.len(),
+        };
+        let (MemTable { num_regions, .. }, mut rest) = m.read_prefix()?;
+        let count = num_regions as usize;
+        if count > MAX_TABLE_REGIONS {
+            return Err(size);
+        }
+        // Some front ends send room for more regions than there are.
+        let mut regions = Vec::new();
+        for _ in 0..count {
+            let (region, more) = MemRegion::read_from_prefix(rest).map_err(|_| size)?;
+            regions.push(region);
+            rest = more;
+        }
+        let fds = std::mem::take(&mut m.fds);
+        if fds.len() != count {
+            return Err(PeerError::Fds {
+                request: m.request,
+                count: fds.len(),
+            });
+        }
+        let table = MemoryTable::new(regions.into_iter().zip(fds))?;
+        self.replace_memory(table, device)
+    }
+
+    fn replace_memory(
+        &mut self,
+        table: MemoryTable,
+        device: &mut Device<'_>,
+    ) -> Result<Answer, PeerError> {
+        let map = table.guest_map()?;
+        self.memory = table;
+        let done = device.queues.set_memory(map, device.cores);
+        Ok(if done {
+            Answer::Ack
+        } else {
+            Answer::Later(Wait::Memory)
+        })
+    }
+
+    fn ring(&mut self, index: u64) -> Result<(QueueIdx, &mut Ring), PeerError> {
+        let none = PeerError::NoRing(index);
+        let idx = u16::try_from(index).map_err(|_| none)?;
+        let ring = self.rings.get_mut(usize::from(idx)).ok_or(none)?;
+        Ok((QueueIdx(idx), ring))
+    }
+
+    fn ring_message(
+        &mut self,
+        m: &mut Message,
+        device: &mut Device<'_>,
+    ) -> Result<Answer, PeerError> {
+        let packed = device.model.packed();
+        match m.request {
+            Request::SetVringNum => {
+                let VringState { index, num } = m.read()?;
+                let (idx, ring) = self.ring(index.into())?;
+                ring.size = Some(device.model.check_size(idx, num)?);
+            }
+            Request::SetVringAddr => {
+                let addr: VringAddr = m.read()?;
+                let (_, ring) = self.ring(addr.index.into())?;
+                ring.addr = Some(addr);
+            }
+            Request::SetVringBase => {
+                let VringState { index, num } = m.read()?;
+                self.ring(index.into())?.1.set_base(num, packed)?;
+            }
+            Request::GetVringBase => {
+                let VringState { index, .. } = m.read()?;
+                let (idx, _) = self.ring(index.into())?;
+                if !device.queues.stop(idx, device.cores) {
+                    return Ok(Answer::Later(Wait::Position(idx)));
+                }
+                return Ok(self.position(idx, device));
+            }
+            Request::SetVringEnable => {
+                let VringState { index, num } = m.read()?;
+                let (idx, ring) = self.ring(index.into())?;
+                ring.enabled = num != 0;
+                return self.enable_changed(idx, device);
+            }
+            Request::SetVringKick => {
+                let (index, fd) = ring_event(m)?;
+                let (idx, ring) = self.ring(index)?;
+                ring.kick = Some(match fd {
+                    Some(kick) => kick,
+                    None => self_kick()?,
+                });
+                self.start_ring(idx, device)?;
+            }
+            Request::SetVringCall => {
+                let (index, fd) = ring_event(m)?;
+                let (idx, ring) = self.ring(index)?;
+                ring.call.clone_from(&fd);
+                device.queues.set_call(idx, fd, device.cores);
+            }
+            _ => {
+                let (index, fd) = ring_event(m)?;
+                self.ring(index)?.1.err = fd;
+            }
+        }
+        Ok(Answer::Ack)
+    }
+
+    fn enable_changed(
+        &mut self,
+        idx: QueueIdx,
+        device: &mut Device<'_>,
+    ) -> Result<Answer, PeerError> {
+        if self.runnable(idx) {
+            if !device.queues.wanted(idx) {
+                self.start_ring(idx, device)?;
+            }
+            return Ok(Answer::Ack);
+        }
+        if !device.queues.stop(idx, device.cores) {
+            return Ok(Answer::Later(Wait::Stop(idx)));
+        }
+        self.note_stop(idx, device.queues);
+        Ok(Answer::Ack)
+    }
+
+    /// A ring runs once it has a kick and is enabled; without protocol features rings are enabled from the beginning.
+    fn runnable(&self, idx: QueueIdx) -> bool {
+        let always = self.features & F_PROTOCOL_FEATURES == 0;
+        self.rings
+            .get(usize::from(idx.0))
+            .is_some_and(|r| r.kick.is_some() && (r.enabled || always))
+    }
+
+    /// Starts a ring, if it is time.
+    fn start_ring(&mut self, idx: QueueIdx, device: &mut Device<'_>) -> Result<(), PeerError> {
+        if !self.runnable(idx) {
+            return Ok(());
+        }
+        let setup = self.setup(idx, device)?;
+        if let (Some(_), Some(call)) = (&setup.inflight, &setup.call) {
+            // A predecessor may have died after it had shown used entries and before it interrupted for them.
+            call.signal();
+        }
+        if let Some(ring) = self.rings.get_mut(usize::from(idx.0)) {
+            ring.ran = true;
+        }
+        device.queues.start(idx, setup, device.cores);
+        Ok(())
+    }
+
+    fn setup(&self, idx: QueueIdx, device: &mut Device<'_>) -> Result<QueueSetup, PeerError> {
+        let none = PeerError::NoRing(idx.0.into());
+        let ring = self.rings.get(usize::from(idx.0)).ok_or(none)?;
+        let kind = device.model.queue_kind(idx).ok_or(none)?;
+        let (Some(addr), Some(size), Some(kick)) = (ring.addr, ring.size, &ring.kick) else {
+            return Err(PeerError::NoAddress(idx.0));
+        };
+        let packed = device.model.packed();
+        let queue = device.model.queue_mut(idx)?;
+        queue.size = size;
+        queue.desc = self.memory.guest_address(addr.desc)?;
+        queue.avail = self.memory.guest_address(addr.avail)?;
+        queue.used = self.memory.guest_address(addr.used)?;
+        let state = ring.start_state(packed, device.queues.map(), queue.used)?;
+        let inflight = match &self.record {
+            Some(record) if !packed && idx.0 < record.queues => {
+                Some(InflightQueue::new(&record.map, idx.0, record.queue_size)?)
+            }
+            _ => None,
+        };
+        Ok(QueueSetup {
+            kind,
+            config: device.model.queue_config(idx, state).ok_or(none)?,
+            kick: Arc::clone(kick),
+            call: ring.call.clone(),
+            inflight,
+        })
+    }
+
+    /// Remembers where a ring has stopped.
+    fn note_stop(&mut self, idx: QueueIdx, queues: &RunningQueues) {
+        if let Some(ring) = self.rings.get_mut(usize::from(idx.0))
+            && ring.ran
+        {
+            ring.ran = false;
+            ring.base = Base::Kept(queues.state(idx));
+        }
+    }
+
+    /// The reply to `GET_VRING_BASE`, now that the ring has stopped. It takes a new kick to start it again.
+    fn position(&mut self, idx: QueueIdx, device: &Device<'_>) -> Answer {
+        self.note_stop(idx, device.queues);
+        let mut num = 0;
+        if let Some(ring) = self.rings.get_mut(usize::from(idx.0)) {
+            ring.kick = None;
+            num = ring.position(device.model.packed());
+        }
+        let state = VringState {
+            index: idx.0.into(),
+            num,
+        };
+        Answer::Reply(state.as_bytes().to_vec(), None)
+    }
+
+    fn set_record(&mut self, m: &mut Message) -> Result<Answer, PeerError> {
+        let wanted = inflight_payload(m)?;
+        let fd = m.one_fd()?;
+        let bad = PeerError::Inflight {
+            size: wanted.mmap_size,
+            queues: wanted.num_queues,
+            queue_size: wanted.queue_size,
+        };
+        let need = queue_record_len(wanted.queue_size) as u64 * u64::from(wanted.num_queues);
+        if wanted.mmap_size < need || u32::from(wanted.queue_size) > MAX_RING_SIZE {
+            return Err(bad);
+        }
+        let file = SharedMap::new(&fd, wanted.mmap_offset, wanted.mmap_size, true)?;
+        let region = MappedRegion {
+            iova: Iova(0),
+            map: Arc::new(file),
+            writable: true,
+        };
+        self.record = Some(Record {
+            map: Arc::new(guest_map(&[region])?),
+            queues: wanted.num_queues,
+            queue_size: wanted.queue_size,
+        });
+        Ok(Answer::Ack)
+    }
+
+    fn set_status(&mut self, bits: u64, device: &mut Device<'_>) -> Result<Answer, PeerError> {
+        let status = u8::try_from(bits).map_err(|_| PeerError::Status(bits))?;
+        match device.model.write_status(status) {
+            // A front end whose rings all stand has only paused the guest, or will send INIT again: the session goes on.
+            StatusEffect::Reset if !self.rings.iter().any(|r| r.ran) => {
+                self.forget_driver(device);
+                Ok(Answer::Ack)
+            }
+            StatusEffect::Reset => Ok(self.reset(device)),
+            StatusEffect::None | StatusEffect::DriverOk => Ok(Answer::Ack),
+        }
+    }
+
+    fn forget_driver(&mut self, device: &mut Device<'_>) {
+        device.model.reset();
+        let features = self.features & !F_PROTOCOL_FEATURES;
+        device.model.write_features(features);
+    }
+
+    /// A full reset: nothing is left of the rings, but memory and features stay.
+    fn reset(&mut self, device: &mut Device<'_>) -> Answer {
+        if !device.queues.reset(device.cores) {
+            return Answer::Later(Wait::Reset);
+        }
+        self.reset_done(device)
+    }
+
+    fn reset_done(&mut self, device: &mut Device<'_>) -> Answer {
+        self.rings.iter_mut().for_each(Ring::reset);
+        self.forget_driver(device);
+        if let Ok(map) = self.memory.guest_map() {
+            device.queues.set_memory(map, device.cores);
+        }
+        Answer::Ack
+    }
+
+    /// The answer that has been waited for, if `notice` is what it waited for.
+    pub(super) fn arrived(
+        &mut self,
+        wait: Wait,
+        notice: Notice,
+        device: &mut Device<'_>,
+    ) -> Option<Answer> {
+        match (wait, notice) {
+            (Wait::Position(want), Notice::Stopped(idx)) if want == idx => {
+                Some(self.position(idx, device))
+            }
+            (Wait::Stop(want), Notice::Stopped(idx)) if want == idx => {
+                self.note_stop(idx, device.queues);
+                Some(Answer::Ack)
+            }
+            (Wait::Memory, Notice::MemoryReplaced) => Some(Answer::Ack),
+            (Wait::Reset, Notice::ResetDone) => Some(self.reset_done(device)),
+            _ => None,
+        }
+    }
+
+    /// A ring has failed: the front end hears of it if it gave an event for that.
+    pub(super) fn ring_failed(&self, idx: QueueIdx) {
+        if let Some(Ring { err: Some(err), .. }) = self.rings.get(usize::from(idx.0)) {
+            err.signal();
+        }
+    }
+}
+
+/// The ring number of a kick, call or error message, and the event that comes with it.
+fn ring_event(m: &mut Message) -> Result<(u64, Option<Arc<EventFd>>), PeerError> {
+    let value: u64 = m.read()?;
+    let index = value & VRING_INDEX_MASK;
+    if value & VRING_NOFD == 0 {
+        let fd = m.one_fd()?;
+        return Ok((index, Some(event(fd)?)));
+    }
+    match m.fds.len() {
+        0 => Ok((index, None)),
+        count => Err(PeerError::Fds {
+            request: m.request,
+            count,
+        }),
+    }
+}
+
+/// Offset and length of a configuration message; as many bytes must follow.
+fn config_area(m: &Message) -> Result<(ConfigHeader, usize), PeerError> {
+    let (header, bytes): (ConfigHeader, _) = m.read_prefix()?;
+    let ConfigHeader { offset, size, .. } = header;
+    let len = size as usize;
+    if len > MAX_CONFIG || offset as usize > MAX_CONFIG {
+        return Err(PeerError::Config { offset, size });
+    }
+    if bytes.len() != len {
+        return Err(PeerError::Size {
+            request: m.request,
+            size: m.payload.len(),
+        });
+    }
+    Ok((header, len))
+}
+
+fn get_config(m: &Message, model: &DeviceModel) -> Result<Answer, PeerError> {
+    let (header, len) = config_area(m)?;
+    let mut area = vec![0; len];
+    model.read_config(header.offset.into(), &mut area);
+    Ok(Answer::Reply([header.as_bytes(), &area].concat(), None))
+}
+
+/// The in-flight payload, with or without the padding at its end.
+fn inflight_payload(m: &Message) -> Result<Inflight, PeerError> {
+    let mut bytes = [0; size_of::<Inflight>()];
+    match m.payload.len() {
+        n @ (INFLIGHT_MIN | 24) => {
+            if let Some(to) = bytes.get_mut(..n) {
+                to.copy_from_slice(&m.payload);
+            }
+            Ok(zerocopy::transmute!(bytes))
+        }
+        size => Err(PeerError::Size {
+            request: m.request,
+            size,
+        }),
+    }
+}
+
+/// Makes the memory for an in-flight record. Packed rings have none.
+fn create_record(m: &Message, model: &DeviceModel) -> Result<Answer, PeerError> {
+    let wanted = inflight_payload(m)?;
+    let (queues, queue_size) = (wanted.num_queues, wanted.queue_size);
+    let known = queues <= model.num_queues() && u32::from(queue_size) <= MAX_RING_SIZE;
+    let mut size = queue_record_len(queue_size) as u64 * u64::from(queues);
+    if !known {
+        return Err(PeerError::Inflight {
+            size,
+            queues,
+            queue_size,
+        });
+    }
+    if model.packed() {
+        size = 0;
+    }
+    let fd = match size {
+        0 => None,
+        _ => Some(new_memfd("ferry-inflight", size).map_err(PeerError::Fd)?),
+    };
+    let reply = Inflight {
+        mmap_size: size,
+        mmap_offset: 0,
+        num_queues: queues,
+        queue_size,
+        padding: 0,
+    };
+    // The reply is as long as the request.
+    let bytes = reply.as_bytes();
+    let bytes = bytes.get(..m.payload.len()).unwrap_or(bytes);
+    Ok(Answer::Reply(bytes.to_vec(), fd))
+}

@@ -1,0 +1,11 @@
+//! The local directory as a file-system device, through its public seam. Needs root.
+
+mod alloc;
+mod data;
+mod escape;
+mod locks;
+mod meta;
+mod ops;
+mod rig;
+mod tables;
+mod threads;

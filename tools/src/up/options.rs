@@ -1,0 +1,172 @@
+//! The command line of `ferry up`, and what each process gets of it.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Parser;
+
+/// The options of both processes. Further ones can be given in the environment variable APP_ARGS, split as a shell does.
+#[derive(clap::Args, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Args {
+    /// CPUs of the data plane's cores, for example `0x3` or `[0,1]`
+    #[arg(short = 'm', long, value_name = "MASK")]
+    pub cpumask: Option<String>,
+    /// Memory of the data plane's pools, in MiB
+    #[arg(short = 's', long, value_name = "MIB")]
+    pub mem_size: Option<String>,
+    /// Use normal pages instead of hugepages
+    #[arg(long)]
+    pub no_huge: bool,
+    /// Directory of the sockets [default: /run/ferry]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Platform file: emulation managers and functions
+    #[arg(long, value_name = "FILE")]
+    pub platform: Option<PathBuf>,
+    /// How cores wait for work: adaptive, busy or interrupt
+    #[arg(long, value_name = "MODE")]
+    pub poll: Option<String>,
+    /// RPC socket [default: /var/tmp/spdk.sock]
+    #[arg(short = 'r', long, value_name = "PATH")]
+    pub rpc_socket: Option<PathBuf>,
+    /// Saved configuration to apply
+    #[arg(
+        short = 'c',
+        long,
+        visible_alias = "json",
+        value_name = "FILE",
+        env = "SPDK_RPC_INIT_CONF_JSON"
+    )]
+    pub config: Option<PathBuf>,
+    /// Go on when a request of the saved configuration fails
+    #[arg(long)]
+    pub json_ignore_init_errors: bool,
+    /// Wait for framework_start_init before anything is initialised
+    #[arg(long)]
+    pub wait_for_rpc: bool,
+    /// Answer only these methods
+    #[arg(long, value_name = "LIST")]
+    pub rpcs_allowed: Option<String>,
+    /// Script of commands to run after the start
+    #[arg(long, value_name = "FILE", env = "SPDK_RPC_INIT_CONF")]
+    pub init_conf: Option<PathBuf>,
+    /// User that the control plane runs as when root starts it [default: nobody]
+    #[arg(long, value_name = "USER")]
+    pub control_user: Option<String>,
+}
+
+/// The words of APP_ARGS.
+#[derive(Parser)]
+#[command(
+    name = "APP_ARGS",
+    no_binary_name = true,
+    disable_help_flag = true,
+    args_override_self = true
+)]
+struct AppArgs {
+    #[command(flatten)]
+    args: Args,
+}
+
+/// A file that the control plane has to read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum ControlFile {
+    /// Goes behind `--config`.
+    Config(PathBuf),
+    /// Goes into `SPDK_RPC_INIT_CONF`.
+    InitConf(PathBuf),
+}
+
+impl Args {
+    /// Adds the options of APP_ARGS; the command line wins.
+    pub(super) fn with_app_args(self, app_args: Option<&str>) -> anyhow::Result<Args> {
+        let Some(text) = app_args.filter(|text| !text.trim().is_empty()) else {
+            return Ok(self);
+        };
+        let words = shlex::split(text)
+            .with_context(|| format!("APP_ARGS {text:?} has an unclosed quote"))?;
+        let app = AppArgs::try_parse_from(words)
+            .with_context(|| format!("APP_ARGS {text:?} is not understood"))?;
+        Ok(self.or(app.args))
+    }
+
+    fn or(self, other: Args) -> Args {
+        Args {
+            cpumask: self.cpumask.or(other.cpumask),
+            mem_size: self.mem_size.or(other.mem_size),
+            no_huge: self.no_huge || other.no_huge,
+            run_dir: self.run_dir.or(other.run_dir),
+            platform: self.platform.or(other.platform),
+            poll: self.poll.or(other.poll),
+            rpc_socket: self.rpc_socket.or(other.rpc_socket),
+            config: self.config.or(other.config),
+            json_ignore_init_errors: self.json_ignore_init_errors || other.json_ignore_init_errors,
+            wait_for_rpc: self.wait_for_rpc || other.wait_for_rpc,
+            rpcs_allowed: self.rpcs_allowed.or(other.rpcs_allowed),
+            init_conf: self.init_conf.or(other.init_conf),
+            control_user: self.control_user.or(other.control_user),
+        }
+    }
+
+    pub(super) fn run_dir(&self) -> PathBuf {
+        self.run_dir
+            .clone()
+            .unwrap_or_else(|| PathBuf::from("/run/ferry"))
+    }
+
+    pub(super) fn rpc_socket(&self) -> PathBuf {
+        self.rpc_socket
+            .clone()
+            .unwrap_or_else(|| PathBuf::from("/var/tmp/spdk.sock"))
+    }
+
+    /// The data plane's command line; `control_uid` may connect to it.
+    pub(super) fn for_dataplane(&self, control_uid: Option<u32>) -> Vec<OsString> {
+        let mut line = Line::default();
+        line.option("--cpumask", self.cpumask.as_ref());
+        line.option("--mem-size", self.mem_size.as_ref());
+        line.flag("--no-huge", self.no_huge);
+        line.option("--run-dir", Some(self.run_dir()));
+        line.option("--platform", self.platform.as_ref());
+        line.option("--poll", self.poll.as_ref());
+        line.option("--control-uid", control_uid.map(|uid| uid.to_string()));
+        line.0
+    }
+
+    /// The control plane's command line, without the files that it reads.
+    pub(super) fn for_controlplane(&self) -> Vec<OsString> {
+        let mut line = Line::default();
+        line.option("--run-dir", Some(self.run_dir()));
+        line.option("--rpc-socket", Some(self.rpc_socket()));
+        line.flag("--json-ignore-init-errors", self.json_ignore_init_errors);
+        line.flag("--wait-for-rpc", self.wait_for_rpc);
+        line.option("--rpcs-allowed", self.rpcs_allowed.as_ref());
+        line.0
+    }
+
+    pub(super) fn files_of_controlplane(&self) -> Vec<ControlFile> {
+        let config = self.config.clone().map(ControlFile::Config);
+        let script = self.init_conf.clone().map(ControlFile::InitConf);
+        config.into_iter().chain(script).collect()
+    }
+}
+
+#[derive(Default)]
+struct Line(Vec<OsString>);
+
+impl Line {
+    fn flag(&mut self, name: &str, given: bool) {
+        self.0.extend(given.then(|| name.into()));
+    }
+
+    fn option(&mut self, name: &str, value: Option<impl Into<OsString>>) {
+        if let Some(value) = value {
+            // One word, so that a value may begin with a dash.
+            let mut word = OsString::from(name);
+            word.push("=");
+            word.push(value.into());
+            self.0.push(word);
+        }
+    }
+}
