@@ -258,13 +258,14 @@ impl Device {
 
 impl Transport {
     fn vfio_user(path: &Path) -> Result<Transport> {
-        let client = VfioUser::open(Socket::connect(path, PATIENCE)?)?;
+        let socket = Socket::connect(path, PATIENCE)?;
+        let client = VfioUser::open(socket).map_err(turned_away)?;
         Ok(Transport::Pci(Box::new(VirtioPci::open(client)?)))
     }
 
     fn vhost_user(path: &Path) -> Result<Transport> {
         let socket = Socket::connect(path, PATIENCE)?;
-        let features = VhostUser::ask(&socket)?;
+        let features = VhostUser::ask(&socket).map_err(turned_away)?;
         Ok(Transport::Vhost(VhostUser::open(socket, features)?))
     }
 
@@ -290,6 +291,14 @@ impl Transport {
             Transport::Vhost(device) => device.socket(),
             Transport::Pci(device) => device.socket(),
         }
+    }
+}
+
+/// A connection that is closed at the first message was never wanted.
+fn turned_away(error: DriverError) -> DriverError {
+    match error {
+        DriverError::Closed("VERSION" | "GET_FEATURES") => DriverError::TurnedAway,
+        other => other,
     }
 }
 
