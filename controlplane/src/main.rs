@@ -1,5 +1,6 @@
 //! The control plane process.
 
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -13,6 +14,7 @@ use ferry_controlplane::config::Entry;
 use ferry_controlplane::dataplane;
 use ferry_controlplane::rpc::table::When;
 use ferry_controlplane::server::Endpoint;
+use ferry_controlplane::state::Store;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
 use tokio::task::LocalSet;
@@ -36,6 +38,12 @@ struct Options {
     /// Directory of the data plane's sockets
     #[arg(long, value_name = "DIR", default_value = "/run/ferry")]
     run_dir: PathBuf,
+    /// Directory in which what the operator asks for is kept across restarts
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Start from the state directory, and keep nothing new there
+    #[arg(long, requires = "state_dir")]
+    no_autosave: bool,
     /// Saved configuration to apply
     #[arg(
         short = 'c',
@@ -119,6 +127,9 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     };
 
     let endpoint = Endpoint::bind(&options.rpc_socket, options.socket_mode)?;
+    if let Some(dir) = &options.state_dir {
+        restore(&app, dir, !options.no_autosave)?;
+    }
     let before = |when| when != When::Runtime;
     config::apply(&app, &initial.entries, before, initial.ignore_errors).await?;
     if !options.wait_for_rpc {
@@ -140,6 +151,25 @@ async fn serve(options: Options) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+/// Takes over the state of an earlier run.
+fn restore(app: &Rc<App>, dir: &Path, autosave: bool) -> anyhow::Result<()> {
+    let (store, state) = Store::open(dir)?;
+    if let Some(state) = state {
+        tracing::info!(
+            state_dir = %dir.display(),
+            fsdevs = state.fsdevs.len(),
+            devices = state.devices.len(),
+            "state of an earlier run"
+        );
+        app.restore(state)
+            .map_err(|failure| store.senseless(failure.detail))?;
+    }
+    if autosave {
+        app.keep_in(store);
+    }
+    Ok(())
 }
 
 /// Applies the initial configuration once the data plane is there; returns only if that fails.

@@ -369,3 +369,126 @@ fn receive(channel: &mut Channel) -> Result<Option<ToDataplane>, ferry_shared::r
         }
     }
 }
+
+/// A control plane that keeps its state, and the first `last` commands that a data plane gets from it.
+fn start_with_state(
+    directory: &Directory,
+    more: &[&str],
+    last: usize,
+) -> (Controlplane, Channel, Vec<Command>) {
+    let state = directory.path("state");
+    let mut args = vec!["--state-dir", state.to_str().unwrap()];
+    args.extend(more);
+    let mut listener = Listener::bind(&directory.path("run"), None).unwrap();
+    let controlplane = Controlplane::start(directory, &args, None);
+    let mut channel = accept(&mut listener);
+    let commands = agree(&mut channel, last);
+    (controlplane, channel, commands)
+}
+
+const BRING_UP: &str = r#"{"subsystems":[{"subsystem":"virtio_fs","config":[
+    {"method":"fsdev_aio_create","params":{"name":"aio0","root_path":"/srv","enable_xattr":true}},
+    {"method":"virtio_fs_transport_create","params":{"transport_name":"VHOST_USER"}},
+    {"method":"virtio_fs_transport_start","params":{"transport_name":"VHOST_USER"}},
+    {"method":"virtio_fs_device_create","params":{"transport_name":"VHOST_USER","dev_name":"idle"}},
+    {"method":"virtio_fs_device_create","params":
+        {"transport_name":"VHOST_USER","dev_name":"d","tag":"t","fsdev":"aio0","queue_size":16}},
+    {"method":"virtio_fs_device_start","params":{"dev_name":"d"}}]}]}"#;
+
+#[test]
+fn what_was_acknowledged_is_there_again_after_both_processes_were_killed() {
+    let directory = Directory::new("state");
+    let file = directory.write("saved.json", BRING_UP);
+    let (mut first, _channel, commands) =
+        start_with_state(&directory, &["-c", file.to_str().unwrap()], 2);
+    first.says("serving RPC");
+    assert!(
+        ask(&directory, r#"{"id":1,"method":"framework_wait_init"}"#).contains("true"),
+        "not ready"
+    );
+    let devices = r#"{"id":1,"method":"virtio_fs_get_devices"}"#;
+    let before = ask(&directory, devices);
+    assert!(before.contains("\"state\":\"running\"") && before.contains("\"idle\""));
+    first.signal(Signal::SIGKILL);
+    drop(first);
+
+    let (mut second, _channel, again) = start_with_state(&directory, &[], 2);
+    assert_eq!(again, commands);
+    second.says("serving RPC");
+    assert_eq!(ask(&directory, devices), before);
+
+    // The same configuration once more: everything is there already.
+    drop(second);
+    let (mut third, _channel, again) =
+        start_with_state(&directory, &["-c", file.to_str().unwrap()], 2);
+    assert_eq!(again, commands);
+    third.says("serving RPC");
+    assert!(
+        ask(&directory, r#"{"id":1,"method":"framework_wait_init"}"#).contains("true"),
+        "not ready"
+    );
+    assert_eq!(ask(&directory, devices), before);
+}
+
+#[test]
+fn a_damaged_state_is_refused_and_left_alone() {
+    let directory = Directory::new("damaged");
+    let state = directory.path("state");
+    std::fs::create_dir(&state).unwrap();
+    let (file, content) = (state.join("state"), "ferry-state 1 400 0123abcd\n{\"opt");
+    std::fs::write(&file, content).unwrap();
+    let args = ["--state-dir", state.to_str().unwrap()];
+    let (messages, status) = Controlplane::start(&directory, &args, None).end();
+    assert_eq!(status.code(), Some(1));
+    assert!(
+        messages.contains(file.to_str().unwrap()) && messages.contains("is damaged"),
+        "{messages}"
+    );
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), content);
+    assert!(!directory.path("rpc.sock").exists());
+}
+
+#[test]
+fn without_autosave_the_state_is_read_and_not_written() {
+    let directory = Directory::new("autosave");
+    let file = directory.write("saved.json", BRING_UP);
+    let (mut first, _channel, commands) =
+        start_with_state(&directory, &["-c", file.to_str().unwrap()], 2);
+    first.says("serving RPC");
+    ask(&directory, r#"{"id":1,"method":"framework_wait_init"}"#);
+    drop(first);
+    let state = directory.path("state").join("state");
+    let kept = std::fs::read(&state).unwrap();
+    let (mut second, _channel, again) = start_with_state(&directory, &["--no-autosave"], 2);
+    assert_eq!(again, commands);
+    second.says("serving RPC");
+    let options = r#"{"id":1,"method":"fsdev_set_opts","params":{"fsdev_io_pool_size":7000,"fsdev_io_cache_size":7}}"#;
+    assert!(ask(&directory, options).contains("\"result\":true"));
+    drop(second);
+    assert_eq!(std::fs::read(&state).unwrap(), kept);
+}
+
+#[test]
+fn a_change_that_cannot_be_kept_is_not_acknowledged() {
+    let directory = Directory::new("full");
+    let state = directory.path("state");
+    let args = ["--state-dir", state.to_str().unwrap()];
+    let mut controlplane = Controlplane::start(&directory, &args, None);
+    controlplane.says("serving RPC");
+    std::fs::create_dir(state.join("state.tmp")).unwrap();
+    let create =
+        r#"{"id":1,"method":"virtio_fs_transport_create","params":{"transport_name":"DOCA"}}"#;
+    let refused = ask(&directory, create);
+    assert!(
+        refused.contains("\"code\":-5") && refused.contains("cannot write"),
+        "{refused}"
+    );
+    std::fs::remove_dir(state.join("state.tmp")).unwrap();
+    // Any request that comes next makes up for it.
+    ask(&directory, create);
+    assert!(
+        std::fs::read_to_string(state.join("state"))
+            .unwrap()
+            .contains("DOCA")
+    );
+}
