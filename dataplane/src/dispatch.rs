@@ -15,18 +15,20 @@
 )]
 
 use ferry_shared::errno::Errno;
-use ferry_shared::limits::{MAX_DATA_BUFFER, SYMLINK_MAX, XATTR_LIST_MAX, XATTR_SIZE_MAX};
+use ferry_shared::limits::{
+    MAX_DATA_BUFFER, MAX_TRANSFER, SYMLINK_MAX, XATTR_LIST_MAX, XATTR_SIZE_MAX,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::fsdev::{Caller, FsDev, Io, IoOp, IoResult, Pin};
 use crate::fuse::abi::{
     FUSE_BATCH_FORGET, FUSE_GETATTR_FH, FUSE_GETXATTR, FUSE_INIT, FUSE_IOCTL,
     FUSE_IOCTL_UNRESTRICTED, FUSE_LISTXATTR, FUSE_NOTIFY_REPLY, FUSE_READDIR, FUSE_READDIRPLUS,
-    FUSE_READLINK, FUSE_WRITE, fuse_batch_forget_in, fuse_bmap_out, fuse_copy_file_range_out,
-    fuse_create_in, fuse_entry_out, fuse_forget_one, fuse_getxattr_in, fuse_getxattr_out,
-    fuse_in_header, fuse_ioctl_in, fuse_ioctl_out, fuse_lk_out, fuse_lseek_out, fuse_open_in,
-    fuse_open_out, fuse_poll_out, fuse_read_in, fuse_release_in, fuse_statfs_out, fuse_write_in,
-    fuse_write_out,
+    FUSE_READLINK, FUSE_WRITE, fuse_batch_forget_in, fuse_bmap_out, fuse_copy_file_range_in,
+    fuse_copy_file_range_out, fuse_create_in, fuse_entry_out, fuse_forget_one, fuse_getxattr_in,
+    fuse_getxattr_out, fuse_in_header, fuse_ioctl_in, fuse_ioctl_out, fuse_lk_out, fuse_lseek_out,
+    fuse_open_in, fuse_open_out, fuse_poll_out, fuse_read_in, fuse_release_in, fuse_statfs_out,
+    fuse_write_in, fuse_write_out,
 };
 use crate::fuse::open_flags;
 use crate::fuse::ops::{self, Op, ReplyKind, payload};
@@ -39,6 +41,9 @@ use crate::mem::Segments;
 
 /// Bytes of a request that [`intake`] wants to see, unless the request is shorter.
 pub use crate::fuse::parse::FIRST;
+
+/// Most bytes of one COPY_FILE_RANGE, whose reply counts in 32 bits: whole pages of any guest.
+const COPY_32_MAX: u64 = 0x7fff_0000;
 
 /// How much of a request must be at hand before [`execute`] can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -381,14 +386,12 @@ impl<F: FsDev> Call<'_, F> {
                 self.fixed::<payload::Lseek>(fuse_lseek_out { offset })
             }
             Op::CopyFileRange { arg } => {
-                // The reply has 32 bits; Linux asks for less.
-                let copied = fs.copy_file_range(caller, id, &arg)?;
-                self.fixed::<payload::CopyFileRange>(written(
-                    u32::try_from(copied).map_err(|_| Errno::EOVERFLOW)?,
-                ))
+                let copied = self.copy(arg, COPY_32_MAX)?;
+                let size = u32::try_from(copied).map_err(|_| Errno::EIO)?;
+                self.fixed::<payload::CopyFileRange>(written(size))
             }
             Op::CopyFileRange64 { arg } => {
-                let bytes_copied = fs.copy_file_range(caller, id, &arg)?;
+                let bytes_copied = self.copy(arg, u64::MAX)?;
                 self.fixed::<payload::CopyFileRange64>(fuse_copy_file_range_out { bytes_copied })
             }
             Op::Bmap { arg } => {
@@ -485,10 +488,11 @@ impl<F: FsDev> Call<'_, F> {
 
     fn read(&self, arg: fuse_read_in) -> Result<Outcome, Errno> {
         let dst = self.reply.payload().first(arg.size as usize);
-        let arg = fuse_read_in {
-            size: u32::try_from(dst.len()).unwrap_or(u32::MAX),
-            ..arg
-        };
+        let size = u32::try_from(dst.len()).unwrap_or(u32::MAX);
+        if size > MAX_TRANSFER {
+            return Err(Errno::EINVAL);
+        }
+        let arg = fuse_read_in { size, ..arg };
         Ok(match self.fs.read(&self.caller, self.nodeid, &arg, dst)? {
             Io::Done(count) => Outcome::Done(self.reply.in_place(count.min(arg.size) as usize)),
             Io::Submit { op, pin } => submit(op, arg.size, pin),
@@ -504,6 +508,14 @@ impl<F: FsDev> Call<'_, F> {
             ),
             Io::Submit { op, pin } => submit(op, arg.size, pin),
         })
+    }
+
+    /// COPY_FILE_RANGE of at most `most` bytes; fewer than asked for is a valid answer.
+    fn copy(&self, arg: fuse_copy_file_range_in, most: u64) -> Result<u64, Errno> {
+        let len = arg.len.min(most);
+        let arg = fuse_copy_file_range_in { len, ..arg };
+        let copied = self.fs.copy_file_range(&self.caller, self.nodeid, &arg)?;
+        Ok(copied.min(len))
     }
 
     fn status(&self, answer: IoResult) -> Result<Outcome, Errno> {

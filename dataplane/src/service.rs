@@ -345,14 +345,15 @@ impl Service {
         let transport = match &spec.attach {
             Attach::Doca { manager, vuid } => {
                 let function = self.platform.find(manager, vuid)?;
-                Transport::on_function(&spec, id, function, &self.run_dir, poller)?
+                let socket = function.socket(&self.run_dir);
+                Transport::open_vfio_user(&spec, id, function, &socket, poller)?
             }
             Attach::VhostUser => {
                 let socket = self
                     .run_dir
                     .join("vhost")
                     .join(format!("{}.sock", spec.name));
-                Transport::vhost_user(&spec, id, &socket, poller)?
+                Transport::open_vhost_user(&spec, id, &socket, poller)?
             }
         };
         self.cores.attach(id, Arc::clone(&shared));

@@ -150,6 +150,8 @@ fn a_batch_may_not_forget_more_than_it_lists() {
     let many = batch(40_000, 640_000);
     assert!(many.is_silent(), "longer than any buffer of ours");
     assert_eq!(guest.fs.taken().len(), 40_000);
+    assert!(batch(65_537, 65_537 * 16).is_silent());
+    assert_eq!(guest.fs.taken(), [""; 0], "would hold up the core");
 }
 
 #[test]

@@ -291,6 +291,35 @@ fn a_read_is_cut_to_the_room_in_the_reply() {
 }
 
 #[test]
+fn a_copy_never_overflows_the_reply_that_counts_it() {
+    let guest = guest();
+    let copy = |opcode: u32| {
+        let body = wire().zeros(40).u64(u64::MAX).u64(0).0;
+        guest.send(&cases::request(opcode, NODE, &body))
+    };
+    assert_eq!(copy(47).payload(), wire().u32(0x7fff_0000).u32(0).0);
+    assert_eq!(copy(53).payload(), wire().u64(u64::MAX).0);
+}
+
+#[test]
+fn transfers_that_no_driver_asks_for_are_refused() {
+    let guest = guest();
+    let most = 63 * 64 * 1024;
+    let read = |size: u32| {
+        let request = cases::read_request(SUBMITTED, 0, size);
+        guest.send_for(&request, HEADER + 2 * most)
+    };
+    assert_eq!(read(most as u32).payload(), FILE);
+    assert_eq!(read(most as u32 + 1).errno(), EINVAL);
+    let write = |size: usize| {
+        let data = vec![0; size];
+        guest.send(&cases::write_request(SUBMITTED, size as u32, &data))
+    };
+    assert_eq!(write(most).errno(), 0);
+    assert_eq!(write(most + 1).errno(), EINVAL);
+}
+
+#[test]
 fn a_write_hands_over_exactly_its_data() {
     let guest = guest();
     guest.send(&cases::write_request(0xf1, 4, b"data and a tail"));

@@ -40,6 +40,12 @@ pub const DEFAULT_XFER_SIZE: u32 = 128 * 1024;
 /// Smallest `max_xfer_size`: one page, the least that the FUSE driver of Linux uses.
 pub const MIN_XFER_SIZE: u32 = 4_096;
 
+/// Most data of one READ or WRITE that is carried out at all, in bytes: 63 of the largest pages that a guest may have. No
+/// driver that keeps to `max_pages` asks for more, and one that does would hold up the core's other devices.
+pub const MAX_TRANSFER: u32 = 63 * 64 * 1024;
+/// Most elements of one BATCH_FORGET.
+pub const MAX_FORGETS: u32 = 64 * 1024;
+
 /// Bytes of a request's headers, arguments and names that fit its slot; a longer request also takes a data buffer.
 pub const SLOT_INPUT: usize = 4_096;
 /// Bytes of a reply that fit the slot; a longer reply takes a data buffer.

@@ -65,6 +65,13 @@ pub struct Service {
     rpc_socket: PathBuf,
 }
 
+/// A function mounted on this host by `ferry mount`; dropping it unmounts.
+#[derive(Debug)]
+pub struct HostMount {
+    process: Process,
+    dir: PathBuf,
+}
+
 /// What one `ferry rpc` command did.
 #[derive(Clone, Debug)]
 pub struct Reply {
@@ -210,6 +217,65 @@ impl Service {
         Ok(())
     }
 
+    /// Brings up a DOCA device on the first static function and gives the function's socket.
+    ///
+    /// # Errors
+    /// When a step is refused.
+    pub fn start_doca_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.call("virtio_fs_transport_create -t DOCA")?;
+        self.call("virtio_fs_doca_manager_create -m mlx5_0")?;
+        self.call("virtio_fs_transport_start -t DOCA")?;
+        let (vuid, socket) = self.first_function()?;
+        self.call(&format!(
+            "virtio_fs_device_create --transport-name DOCA --dev-name {name} --tag {tag} --fsdev {fsdev} \
+             --num-request-queues 8 --queue-size 256 --driver-platform x86_64"
+        ))?;
+        self.call(&format!(
+            "virtio_fs_doca_device_modify --dev-name {name} --manager mlx5_0 --vuid {vuid}"
+        ))?;
+        self.call(&format!("virtio_fs_device_start --dev-name {name}"))?;
+        Ok(socket)
+    }
+
+    /// Brings up a vhost-user device and gives its socket.
+    ///
+    /// # Errors
+    /// When a step is refused.
+    pub fn start_vhost_user_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.call("virtio_fs_transport_create -t VHOST_USER")?;
+        self.call("virtio_fs_transport_start -t VHOST_USER")?;
+        self.call(&format!(
+            "virtio_fs_device_create --transport-name VHOST_USER --dev-name {name} --tag {tag} --fsdev {fsdev} \
+             --num-request-queues 2 --queue-size 256"
+        ))?;
+        self.call(&format!("virtio_fs_device_start --dev-name {name}"))?;
+        Ok(self.run_dir().join("vhost").join(format!("{name}.sock")))
+    }
+
+    /// Mounts a function on this host.
+    ///
+    /// # Errors
+    /// When it does not get mounted; the message holds what the tool and the service say.
+    pub fn mount(&self, socket: &Path) -> Result<HostMount> {
+        let dir = self.dir.make_dir("mnt");
+        let mut command = Command::new(binary("ferry")?);
+        command.arg("mount").arg(socket).arg(&dir);
+        let process = Process::start(&mut command, &self.dir.join("mount.log"))?;
+        let mut mount = HostMount { process, dir };
+        let ready = wait_until("the function is mounted", START_LIMIT, || {
+            ensure!(mount.process.running()?, "ferry mount has ended");
+            mount.is_mounted()
+        });
+        ready.with_context(|| {
+            format!(
+                "{}\nlog of the service:\n{}",
+                mount.process.output(),
+                self.log()
+            )
+        })?;
+        Ok(mount)
+    }
+
     /// The VUID and the socket of the first static function.
     ///
     /// # Errors
@@ -222,6 +288,50 @@ impl Service {
             .to_owned();
         let socket = self.run_dir().join("pci").join(format!("{vuid}.sock"));
         Ok((vuid, socket))
+    }
+}
+
+impl HostMount {
+    /// Where it is mounted.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    fn is_mounted(&self) -> Result<bool> {
+        let needle = format!(" {} fuse", self.dir.display());
+        Ok(fs::read_to_string("/proc/self/mounts")?
+            .lines()
+            .any(|line| line.contains(&needle)))
+    }
+
+    /// Unmounts and waits until the tool has ended.
+    ///
+    /// # Errors
+    /// When the mount is busy or the tool does not end well.
+    pub fn unmount(mut self) -> Result<()> {
+        let status = Command::new("umount")
+            .arg(&self.dir)
+            .status()
+            .context("run umount")?;
+        ensure!(status.success(), "umount {} failed", self.dir.display());
+        let status = self.process.wait(STOP_LIMIT)?;
+        ensure!(
+            status.success(),
+            "ferry mount ended with {status}:\n{}",
+            self.process.output()
+        );
+        Ok(())
+    }
+}
+
+impl Drop for HostMount {
+    fn drop(&mut self) {
+        if matches!(self.is_mounted(), Ok(true))
+            && let Err(error) = Command::new("umount").arg("-l").arg(&self.dir).status()
+        {
+            eprintln!("cannot unmount {}: {error}", self.dir.display());
+        }
     }
 }
 

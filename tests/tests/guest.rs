@@ -24,31 +24,15 @@ fn service() -> Result<(Service, PathBuf)> {
 }
 
 fn start_doca_device(service: &Service) -> Result<Device> {
-    service.call("virtio_fs_transport_create -t DOCA")?;
-    service.call("virtio_fs_doca_manager_create -m mlx5_0")?;
-    service.call("virtio_fs_transport_start -t DOCA")?;
-    let (vuid, socket) = service.first_function()?;
-    service.call(&format!(
-        "virtio_fs_device_create --transport-name DOCA --dev-name vfsdev0 --tag {TAG} --fsdev aio0 \
-         --num-request-queues 8 --queue-size 256 --driver-platform x86_64"
-    ))?;
-    service.call(&format!(
-        "virtio_fs_doca_device_modify --dev-name vfsdev0 --manager mlx5_0 --vuid {vuid}"
-    ))?;
-    service.call("virtio_fs_device_start --dev-name vfsdev0")?;
-    Ok(Device::VfioUser(socket))
+    Ok(Device::VfioUser(
+        service.start_doca_device("vfsdev0", TAG, "aio0")?,
+    ))
 }
 
 fn start_vhost_user_device(service: &Service) -> Result<Device> {
-    service.call("virtio_fs_transport_create -t VHOST_USER")?;
-    service.call("virtio_fs_transport_start -t VHOST_USER")?;
-    service.call(&format!(
-        "virtio_fs_device_create --transport-name VHOST_USER --dev-name vfsdev0 --tag {TAG} --fsdev aio0 \
-         --num-request-queues 2 --queue-size 256"
-    ))?;
-    service.call("virtio_fs_device_start --dev-name vfsdev0")?;
+    let socket = service.start_vhost_user_device("vfsdev0", TAG, "aio0")?;
     Ok(Device::VhostUser {
-        socket: service.run_dir().join("vhost/vfsdev0.sock"),
+        socket,
         tag: TAG.to_owned(),
     })
 }

@@ -178,7 +178,8 @@ pub trait FsDev: Send + Sync {
     fn mount(&self, negotiated: Negotiated) -> Result<(), Errno>;
 
     /// The mount ends (DESTROY, a second INIT, device reset): every node id and handle is dropped, locks are released.
-    /// Pinned files stay open until they are unpinned.
+    /// Pinned files stay open until they are unpinned. Other cores may still be inside an operation that began before: it may
+    /// finish or fail, but must not touch what the next mount makes.
     fn unmount(&self);
 
     /// Whether the operation with this opcode should run on the helper thread because it may block for long.

@@ -6,7 +6,7 @@
 use core::ffi::CStr;
 
 use ferry_shared::errno::Errno;
-use ferry_shared::limits::{NAME_MAX, SYMLINK_MAX, XATTR_SIZE_MAX};
+use ferry_shared::limits::{MAX_FORGETS, MAX_TRANSFER, NAME_MAX, SYMLINK_MAX, XATTR_SIZE_MAX};
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::abi::{
@@ -332,7 +332,7 @@ impl<'a> Take<'a> for Write {
         let arg = fuse_write_in::take(from)?;
         let size = usize::try_from(arg.size).map_err(|_| Errno::EINVAL)?;
         // The data stays in guest memory, all of it behind the copied part.
-        if size > from.payload {
+        if size > from.payload || arg.size > MAX_TRANSFER {
             return Err(Errno::EINVAL);
         }
         Ok(Write { arg })
@@ -381,7 +381,7 @@ impl<'a> Take<'a> for BatchForget {
         let arg = fuse_batch_forget_in::take(from)?;
         let count = usize::try_from(arg.count).map_err(|_| Errno::EINVAL)?;
         let bytes = count.checked_mul(size_of::<fuse_forget_one>());
-        if bytes.is_none_or(|n| n > from.payload) {
+        if arg.count > MAX_FORGETS || bytes.is_none_or(|n| n > from.payload) {
             return Err(Errno::EINVAL);
         }
         Ok(BatchForget { count: arg.count })

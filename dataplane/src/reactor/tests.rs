@@ -1,5 +1,8 @@
 //! The reactor, stepped by hand over a model driver and a world that does nothing by itself.
+// UNSAFETY: makes a data pool over leaked memory.
+#![expect(unsafe_code, reason = "makes a data pool over leaked memory")]
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -9,10 +12,17 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use ferry_shared::errno::Errno;
+use ferry_shared::limits::MAX_DATA_BUFFER;
+
 use super::*;
-use crate::fsdev::{Caller, Io, IoResult, Negotiated, Offer};
+use crate::fsdev::{Caller, FsDev, Io, IoOp, IoResult, Negotiated, Offer, Pin};
 use crate::fuse::abi::*;
+use crate::fuse::session::Session;
+use crate::id::CoreEvent;
+use crate::mem::{IoVec, Segments};
 use crate::pool::DATA_BUFFER_STRIDE;
+use crate::virtio::queue::QueueState;
 use crate::virtio::testmem::{Buf, Driver, Ram};
 
 const DEVICE: DeviceId = DeviceId(7);
@@ -124,9 +134,7 @@ struct Rig {
 
 impl Rig {
     fn new(slots: u32, buffers: u32) -> Rig {
-        let memory = alloc::boxed::Box::leak(
-            vec![0u8; buffers as usize * DATA_BUFFER_STRIDE].into_boxed_slice(),
-        );
+        let memory = Box::leak(vec![0u8; buffers as usize * DATA_BUFFER_STRIDE].into_boxed_slice());
         // SAFETY: the leaked box has room for `buffers` buffers, and nothing else refers to it.
         let pool = unsafe { DataPool::new(NonNull::from(memory).cast(), buffers) };
         let mut core = Reactor::new(Slab::on_heap((0..slots).map(|_| SlotBody::new())), pool, 4);
@@ -137,7 +145,7 @@ impl Rig {
             Some(Arc::clone(&model)),
         ));
         let mut world = World::default();
-        let mut rig_driver = driver.clone();
+        let rig_driver = driver.clone();
         rig_driver.set_interrupts(true);
         core.start(start(&driver, &shared), &mut world);
         let mut rig = Rig {

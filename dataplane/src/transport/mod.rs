@@ -6,6 +6,7 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
+mod log_gate;
 pub mod running;
 pub mod vfio_user;
 pub mod vhost_user;
@@ -15,41 +16,24 @@ use std::sync::Arc;
 
 use ferry_shared::msg::{DeviceSpec, Failure};
 
+use self::vfio_user::VfioUser;
+use self::vhost_user::VhostUser;
 use crate::engine::{CoreEvent, Cores, DeviceId};
 use crate::os::poller::Poller;
 use crate::platform::StaticFunction;
-use vfio_user::VfioUserDevice;
-use vhost_user::VhostUser;
 
 /// A device's way to its driver.
 #[derive(Debug)]
 pub enum Transport {
-    /// A PCIe function behind a vfio-user socket.
-    VfioUser {
-        /// The device.
-        device: Box<VfioUserDevice>,
-        /// Where its descriptors are waited for.
-        poller: Arc<Poller>,
-    },
-    /// A device behind a vhost-user socket.
+    /// Behind a vhost-user socket.
     VhostUser(Box<VhostUser>),
+    /// An emulated PCIe function behind a vfio-user socket.
+    VfioUser(Box<VfioUser>),
 }
 
 impl Transport {
-    /// Puts the device on a function.
-    pub fn on_function(
-        spec: &DeviceSpec,
-        id: DeviceId,
-        function: &StaticFunction,
-        run_dir: &Path,
-        poller: Arc<Poller>,
-    ) -> Result<Transport, Failure> {
-        let device = Box::new(VfioUserDevice::open(id, spec, function, run_dir, &poller)?);
-        Ok(Transport::VfioUser { device, poller })
-    }
-
-    /// Puts the device behind a vhost-user socket.
-    pub fn vhost_user(
+    /// Listens on a vhost-user socket.
+    pub fn open_vhost_user(
         spec: &DeviceSpec,
         id: DeviceId,
         socket: &Path,
@@ -59,59 +43,79 @@ impl Transport {
         Ok(Transport::VhostUser(Box::new(device)))
     }
 
-    /// One of its descriptors is ready; `local` is the number that it chose for it.
+    /// Listens on the vfio-user socket of a function of the platform.
+    pub fn open_vfio_user(
+        spec: &DeviceSpec,
+        id: DeviceId,
+        place: &StaticFunction,
+        socket: &Path,
+        poller: Arc<Poller>,
+    ) -> Result<Transport, Failure> {
+        let device = VfioUser::open(spec, id, place, socket, poller)?;
+        Ok(Transport::VfioUser(Box::new(device)))
+    }
+
+    /// Something is ready that the transport has added to the poller as `local`.
     pub fn ready(&mut self, local: u32, cores: &mut dyn Cores) {
         match self {
-            Transport::VfioUser { device, poller } => device.ready(local, poller, cores),
             Transport::VhostUser(device) => device.ready(local, cores),
+            Transport::VfioUser(device) => device.ready(local, cores),
         }
     }
 
-    /// The cores have reported something about it.
+    /// Takes what the cores report about this device.
     pub fn core_event(&mut self, event: CoreEvent, cores: &mut dyn Cores) {
         match self {
-            Transport::VfioUser { device, poller } => device.core_event(event, poller, cores),
             Transport::VhostUser(device) => device.core_event(event, cores),
+            Transport::VfioUser(device) => device.core_event(event, cores),
         }
     }
 
-    /// Stops its queues where they stand; connection and session are kept.
+    /// Stops all queues where they are; connection and session stay. [`is_paused`](Self::is_paused) tells when.
     pub fn pause(&mut self, cores: &mut dyn Cores) {
         match self {
-            Transport::VfioUser { device, .. } => device.pause(cores),
             Transport::VhostUser(device) => device.pause(cores),
+            Transport::VfioUser(device) => device.pause(cores),
         }
     }
 
-    /// Lets its queues run on.
+    /// Lets the queues run on.
     pub fn resume(&mut self, cores: &mut dyn Cores) {
         match self {
-            Transport::VfioUser { device, .. } => device.resume(cores),
             Transport::VhostUser(device) => device.resume(cores),
+            Transport::VfioUser(device) => device.resume(cores),
         }
     }
 
-    /// Hangs up and takes the socket away; when [`Transport::is_quiet`], it can be dropped.
+    /// Disconnects the peer for good. [`is_quiet`](Self::is_quiet) tells when the device can be dropped.
     pub fn begin_close(&mut self, cores: &mut dyn Cores) {
         match self {
-            Transport::VfioUser { device, poller } => device.close(poller, cores),
             Transport::VhostUser(device) => device.begin_close(cores),
+            Transport::VfioUser(device) => device.begin_close(cores),
         }
     }
 
-    /// Whether no core works for it.
+    /// Whether no queue runs and none is stopping.
     pub fn is_quiet(&self) -> bool {
         match self {
-            Transport::VfioUser { device, .. } => device.is_quiet(),
             Transport::VhostUser(device) => device.is_quiet(),
+            Transport::VfioUser(device) => device.is_quiet(),
         }
     }
 
-    /// Whether a VMM or driver is connected.
+    /// Whether a pause is complete.
+    pub fn is_paused(&self) -> bool {
+        match self {
+            Transport::VhostUser(device) => device.is_paused(),
+            Transport::VfioUser(device) => device.is_paused(),
+        }
+    }
+
+    /// Whether a peer is connected.
     pub fn connected(&self) -> bool {
         match self {
-            Transport::VfioUser { device, .. } => device.connected(),
             Transport::VhostUser(device) => device.connected(),
+            Transport::VfioUser(device) => device.connected(),
         }
     }
 }

@@ -9,7 +9,7 @@ use clap::Parser;
 /// The options of both processes. Further ones can be given in the environment variable APP_ARGS, split as a shell does.
 #[derive(clap::Args, Clone, Debug, Default, PartialEq, Eq)]
 pub struct Args {
-    /// CPUs of the data plane's cores, for example 0x3 or [0,1]
+    /// CPUs of the data plane's cores, for example `0x3` or `[0,1]`
     #[arg(short = 'm', long, value_name = "MASK")]
     pub cpumask: Option<String>,
     /// Memory of the data plane's pools, in MiB

@@ -6,6 +6,7 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use ferry_shared::errno::Errno;
 use ferry_shared::msg::{DeviceSpec, Failure};
@@ -71,9 +72,10 @@ struct Client {
 
 /// A function behind its socket.
 #[derive(Debug)]
-pub struct VfioUserDevice {
+pub struct VfioUser {
     id: DeviceId,
     name: String,
+    poller: Arc<Poller>,
     /// `None` once the device is closed.
     listener: Option<Listener>,
     client: Option<Client>,
@@ -82,34 +84,40 @@ pub struct VfioUserDevice {
     served: Served,
 }
 
-impl VfioUserDevice {
-    /// Makes the function and its socket.
+impl VfioUser {
+    /// Makes the function at `place`, and its socket.
     pub fn open(
-        id: DeviceId,
         spec: &DeviceSpec,
+        id: DeviceId,
         place: &StaticFunction,
-        run_dir: &Path,
-        poller: &Poller,
-    ) -> Result<VfioUserDevice, Failure> {
+        socket: &Path,
+        poller: Arc<Poller>,
+    ) -> Result<VfioUser, Failure> {
         let failed = |what: &str, e: SysErrno| {
-            let detail = format!("cannot {what} for device {}", spec.name);
+            let detail = format!("cannot {what} of device {}", spec.name);
             Failure::new(Errno::from_raw(e as i32), detail)
         };
-        let function = PciFunction::new(id, spec, place)
-            .map_err(|e| failed("make the event counters of the queues", e))?;
-        let listener = Listener::bind(&place.socket(run_dir))?;
-        let token = |local| Token { device: id, local };
-        poller
-            .add(&listener, token(LISTENER))
-            .and_then(|()| poller.add(function.pin(), token(PIN)))
-            .map_err(|e| failed("watch the socket", e))?;
-        Ok(VfioUserDevice {
+        let function =
+            PciFunction::new(id, spec, place).map_err(|e| failed("make the event counters", e))?;
+        let listener = Listener::bind(socket)?;
+        let device = VfioUser {
             id,
             name: spec.name.clone(),
-            listener: Some(listener),
+            poller,
+            listener: None,
             client: None,
             next: None,
             served: Served::new(function),
+        };
+        let pin = device.served.function.pin();
+        device
+            .poller
+            .add(&listener, device.token(LISTENER))
+            .and_then(|()| device.poller.add(pin, device.token(PIN)))
+            .map_err(|e| failed("wait for connections", e))?;
+        Ok(VfioUser {
+            listener: Some(listener),
+            ..device
         })
     }
 
@@ -131,8 +139,8 @@ impl VfioUserDevice {
     }
 
     /// Whether a pause is complete.
-    pub fn is_paused(&mut self) -> bool {
-        self.served.function.queues().is_paused()
+    pub fn is_paused(&self) -> bool {
+        self.served.function.is_paused()
     }
 
     /// Ends a pause.
@@ -140,14 +148,14 @@ impl VfioUserDevice {
         self.served.function.queues().resume(cores);
     }
 
-    /// Takes the socket away and resets the function. [`VfioUserDevice::is_quiet`] tells when nothing is left.
-    pub fn close(&mut self, poller: &Poller, cores: &mut dyn Cores) {
+    /// Takes the socket away and resets the function. [`is_quiet`](Self::is_quiet) tells when nothing is left.
+    pub fn begin_close(&mut self, cores: &mut dyn Cores) {
         if let Some(listener) = self.listener.take() {
-            let _ = poller.remove(&listener);
-            let _ = poller.remove(self.served.function.pin());
+            let _ = self.poller.remove(&listener);
+            let _ = self.poller.remove(self.served.function.pin());
         }
         self.next = None;
-        self.drop_client(poller);
+        self.drop_client();
         self.served.hang_up(cores);
     }
 
@@ -157,22 +165,22 @@ impl VfioUserDevice {
     }
 
     /// A descriptor of the device is ready.
-    pub fn ready(&mut self, local: u32, poller: &Poller, cores: &mut dyn Cores) {
+    pub fn ready(&mut self, local: u32, cores: &mut dyn Cores) {
         match local {
-            LISTENER => self.accept(poller),
-            CLIENT => self.turn(poller, cores),
+            LISTENER => self.accept(),
+            CLIENT => self.turn(cores),
             PIN => self.served.function.pin_fired(),
             _ => {}
         }
     }
 
     /// A core has reported something about the device.
-    pub fn core_event(&mut self, event: CoreEvent, poller: &Poller, cores: &mut dyn Cores) {
+    pub fn core_event(&mut self, event: CoreEvent, cores: &mut dyn Cores) {
         self.served.event(event, cores);
-        self.settle(Ok(()), poller, cores);
+        self.settle(Ok(()), cores);
     }
 
-    fn accept(&mut self, poller: &Poller) {
+    fn accept(&mut self) {
         let Some(stream) = self.listener.as_ref().and_then(Listener::accept) else {
             return;
         };
@@ -181,18 +189,18 @@ impl VfioUserDevice {
             return;
         }
         self.next = Some(stream);
-        self.welcome(poller);
+        self.welcome();
     }
 
     /// Serves the client that has come, if the last one is forgotten.
-    fn welcome(&mut self, poller: &Poller) {
+    fn welcome(&mut self) {
         if self.client.is_some() || !self.served.is_settled() {
             return;
         }
         let Some(stream) = self.next.take() else {
             return;
         };
-        if let Err(error) = poller.add(&stream, self.token(CLIENT)) {
+        if let Err(error) = self.poller.add(&stream, self.token(CLIENT)) {
             warn!(device = %self.name, %error, "cannot watch a client's connection");
             return;
         }
@@ -207,14 +215,14 @@ impl VfioUserDevice {
         });
     }
 
-    fn drop_client(&mut self, poller: &Poller) {
+    fn drop_client(&mut self) {
         if let Some(client) = self.client.take() {
-            let _ = poller.remove(&client.stream);
+            let _ = self.poller.remove(&client.stream);
         }
     }
 
     /// Carries out what the client has sent.
-    fn turn(&mut self, poller: &Poller, cores: &mut dyn Cores) {
+    fn turn(&mut self, cores: &mut dyn Cores) {
         let Some(client) = &mut self.client else {
             return;
         };
@@ -231,27 +239,27 @@ impl VfioUserDevice {
                 Err(ended) => result = Err(ended),
             }
         }
-        self.settle(result, poller, cores);
+        self.settle(result, cores);
     }
 
     /// Sends what is due, and ends the connection if `result` says so.
-    fn settle(&mut self, mut result: Result<(), Ended>, poller: &Poller, cores: &mut dyn Cores) {
+    fn settle(&mut self, mut result: Result<(), Ended>, cores: &mut dyn Cores) {
         let token = self.token(CLIENT);
         if let Some(client) = &mut self.client {
             client.answer_due(&self.served);
             result = result
                 .and_then(|()| client.flush())
-                .and_then(|()| client.watch(token, poller));
+                .and_then(|()| client.watch(token, &self.poller));
             if let Err(ended) = result {
                 match &ended {
                     Ended::Closed => info!(device = %self.name, "client left"),
                     _ => warn!(device = %self.name, "client dropped: {ended}"),
                 }
-                self.drop_client(poller);
+                self.drop_client();
                 self.served.hang_up(cores);
             }
         }
-        self.welcome(poller);
+        self.welcome();
     }
 }
 

@@ -15,4 +15,4 @@ mod pci;
 mod serve;
 pub mod wire;
 
-pub use conn::VfioUserDevice;
+pub use conn::VfioUser;

@@ -490,6 +490,11 @@ impl PciFunction {
         &mut self.queues
     }
 
+    /// Whether a pause is complete.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.queues.is_paused()
+    }
+
     /// Whether no core works for the function.
     pub(crate) fn is_quiet(&self) -> bool {
         self.queues.is_quiet()

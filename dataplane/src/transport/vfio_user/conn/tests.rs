@@ -5,7 +5,7 @@ use crate::id::QueueIdx;
 use crate::os::eventfd::EventFd;
 use crate::os::mmap::new_memfd;
 use crate::platform::Platform;
-use crate::transport::fake::{Call, DEVICE, FakeCores, stopped};
+use crate::transport::fake::{Asked, DEVICE, FakeCores, stopped};
 use ferry_shared::msg::{Attach, Platform as Guest};
 use proptest::prelude::*;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -20,8 +20,8 @@ mod lifecycle;
 
 /// A function, its client, and cores that only write down what they are asked.
 struct Rig {
-    device: VfioUserDevice,
-    poller: Poller,
+    device: VfioUser,
+    poller: Arc<Poller>,
     cores: FakeCores,
     client: Stream,
     dir: PathBuf,
@@ -77,8 +77,15 @@ impl Rig {
             .unwrap()
             .clone();
         place.num_msix = vectors;
-        let poller = Poller::new().unwrap();
-        let device = VfioUserDevice::open(DEVICE, &spec(), &place, &dir, &poller).unwrap();
+        let poller = Arc::new(Poller::new().unwrap());
+        let device = VfioUser::open(
+            &spec(),
+            DEVICE,
+            &place,
+            &place.socket(&dir),
+            Arc::clone(&poller),
+        )
+        .unwrap();
         let client = connect(&device);
         let mut rig = Rig {
             device,
@@ -101,15 +108,14 @@ impl Rig {
                 return;
             }
             for token in &ready {
-                self.device
-                    .ready(token.local, &self.poller, &mut self.cores);
+                self.device.ready(token.local, &mut self.cores);
             }
         }
     }
 
     /// Hands the device what a core reports.
     fn report(&mut self, event: CoreEvent) {
-        self.device.core_event(event, &self.poller, &mut self.cores);
+        self.device.core_event(event, &mut self.cores);
         self.pump();
     }
 
@@ -275,7 +281,7 @@ impl Rig {
         rig.bring_up(VERSION_1);
         assert_eq!(
             rig.cores.take(),
-            [Call::Start(0), Call::Start(1), Call::Start(2)]
+            [Asked::Start(0), Asked::Start(1), Asked::Start(2)]
         );
         (rig, events)
     }
@@ -287,7 +293,7 @@ impl Rig {
     }
 }
 
-fn connect(device: &VfioUserDevice) -> Stream {
+fn connect(device: &VfioUser) -> Stream {
     let path = device.listener.as_ref().unwrap().path();
     Stream::new(UnixStream::connect(path).unwrap()).unwrap()
 }

@@ -122,15 +122,15 @@ fn features_beyond_the_offer_keep_features_ok_from_being_set() {
 fn moving_a_vector_moves_the_interrupts_of_its_queues() {
     let (mut rig, _events) = Rig::running();
     rig.set_events(irq::MSIX, 1, &[EventFd::new().unwrap()]);
-    assert_eq!(rig.cores.take(), [Call::SetCall(1, true)]);
+    assert_eq!(rig.cores.take(), [Asked::SetCall(1, true)]);
     rig.set_common(QUEUE_SELECT, &[2, 0]);
     rig.set_common(QUEUE_VECTOR, &[0xff, 0xff]);
-    assert_eq!(rig.cores.take(), [Call::SetCall(2, false)]);
+    assert_eq!(rig.cores.take(), [Asked::SetCall(2, false)]);
     // Several queues on one vector.
     rig.set_common(QUEUE_VECTOR, &[1, 0]);
-    assert_eq!(rig.cores.take(), [Call::SetCall(2, true)]);
+    assert_eq!(rig.cores.take(), [Asked::SetCall(2, true)]);
     rig.set_events(irq::MSIX, 1, &[EventFd::new().unwrap()]);
-    let both = [Call::SetCall(1, true), Call::SetCall(2, true)];
+    let both = [Asked::SetCall(1, true), Asked::SetCall(2, true)];
     assert_eq!(rig.cores.take(), both);
 }
 

@@ -1,8 +1,8 @@
 use super::*;
 
-const STARTS: [Call; 3] = [Call::Start(0), Call::Start(1), Call::Start(2)];
-const STOPS: [Call; 3] = [Call::Stop(0), Call::Stop(1), Call::Stop(2)];
-const RESETS: [Call; 3] = [Call::Reset(0), Call::Reset(1), Call::Reset(2)];
+const STARTS: [Asked; 3] = [Asked::Start(0), Asked::Start(1), Asked::Start(2)];
+const STOPS: [Asked; 3] = [Asked::Stop(0), Asked::Stop(1), Asked::Stop(2)];
+const RESETS: [Asked; 3] = [Asked::Reset(0), Asked::Reset(1), Asked::Reset(2)];
 
 const REPLACED: CoreEvent = CoreEvent::MemoryReplaced { device: DEVICE };
 
@@ -19,7 +19,7 @@ fn status_reads_non_zero_until_every_queue_is_stopped() {
     rig.report(stopped(1, 5, 5));
     assert_eq!(rig.status(), 15);
     rig.report(stopped(2, 5, 5));
-    assert_eq!(rig.cores.take(), [Call::EndSession]);
+    assert_eq!(rig.cores.take(), [Asked::EndSession]);
     assert_eq!(rig.status(), 0);
     assert_eq!(rig.common::<2>(QUEUE_SELECT), [0, 0]);
     assert_eq!(rig.common::<2>(QUEUE_ENABLE), [0, 0]);
@@ -80,7 +80,7 @@ fn the_reset_command_is_answered_when_the_reset_is_complete() {
 fn memory_is_given_back_only_when_no_core_uses_it() {
     let (mut rig, _events) = Rig::running();
     rig.open_window(0x200000, 0x1000);
-    assert_eq!(rig.cores.take(), [Call::SetMemory]);
+    assert_eq!(rig.cores.take(), [Asked::SetMemory]);
     assert!(rig.reply().is_none());
     let map = rig.next_id;
     // More changes come while the cores are busy with the first: they go together.
@@ -91,7 +91,7 @@ fn memory_is_given_back_only_when_no_core_uses_it() {
     rig.report(REPLACED);
     assert_eq!(rig.reply().unwrap().0, map);
     assert!(rig.reply().is_none());
-    assert_eq!(rig.cores.take(), [Call::SetMemory]);
+    assert_eq!(rig.cores.take(), [Asked::SetMemory]);
     rig.report(REPLACED);
     assert_eq!(rig.reply().unwrap().0, map + 1);
     let (id, got) = rig.reply().unwrap();
@@ -172,7 +172,7 @@ fn a_driver_that_begins_during_a_pause_runs_when_it_ends() {
     assert_eq!(rig.cores.take(), []);
     rig.set_common(STATUS, &[0]);
     assert_eq!(rig.status(), 0);
-    assert_eq!(rig.cores.take(), [Call::EndSession]);
+    assert_eq!(rig.cores.take(), [Asked::EndSession]);
     rig.bring_up(VERSION_1);
     rig.device.resume(&mut rig.cores);
     assert_eq!(rig.cores.take(), STARTS);
@@ -187,7 +187,7 @@ fn one_queue_can_be_reset_and_used_again() {
     rig.cores.take();
     rig.set_common(QUEUE_SELECT, &[1, 0]);
     rig.set_common(QUEUE_RESET, &[1, 0]);
-    assert_eq!(rig.cores.take(), [Call::Stop(1)]);
+    assert_eq!(rig.cores.take(), [Asked::Stop(1)]);
     assert_eq!(rig.common::<2>(QUEUE_RESET), [1, 0]);
     rig.report(stopped(1, 7, 7));
     assert_eq!(rig.common::<2>(QUEUE_RESET), [0, 0]);
@@ -195,7 +195,7 @@ fn one_queue_can_be_reset_and_used_again() {
     assert_eq!(rig.common::<8>(0x20), [0; 8]);
     rig.set_common(0x20, &0x14000u64.to_le_bytes());
     rig.set_common(QUEUE_ENABLE, &[1, 0]);
-    assert_eq!(rig.cores.take(), [Call::Start(1)]);
+    assert_eq!(rig.cores.take(), [Asked::Start(1)]);
     assert_eq!(rig.cores.started.last().unwrap().config.state.avail, 0);
 }
 
@@ -235,8 +235,8 @@ fn a_client_that_leaves_is_forgotten_before_the_next_is_served() {
     rig.pump();
     assert!(!rig.device.connected());
     let calls = rig.cores.take();
-    assert!(calls.contains(&Call::Reset(2)), "{calls:?}");
-    assert!(calls.ends_with(&[Call::SetMemory]), "{calls:?}");
+    assert!(calls.contains(&Asked::Reset(2)), "{calls:?}");
+    assert!(calls.ends_with(&[Asked::SetMemory]), "{calls:?}");
     rig.all_stopped();
     assert!(!rig.device.connected());
     rig.report(REPLACED);
@@ -252,11 +252,11 @@ fn a_client_that_leaves_is_forgotten_before_the_next_is_served() {
 fn closing_takes_the_socket_away_and_ends_quietly() {
     let (mut rig, _events) = Rig::running();
     let path = rig.device.listener.as_ref().unwrap().path().to_owned();
-    rig.device.close(&rig.poller, &mut rig.cores);
+    rig.device.begin_close(&mut rig.cores);
     assert!(!path.exists() && rig.closed());
     assert!(!rig.device.is_quiet());
     rig.all_stopped();
     rig.report(REPLACED);
     assert!(rig.device.is_quiet());
-    assert!(rig.cores.take().contains(&Call::EndSession));
+    assert!(rig.cores.take().contains(&Asked::EndSession));
 }

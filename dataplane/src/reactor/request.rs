@@ -1,0 +1,534 @@
+//! One request: copied in, given its buffers, run, transferred, answered.
+// UNSAFETY: reaches slot bodies by raw pointer, because a body may be lent to a helper thread while its neighbours are used.
+#![expect(
+    unsafe_code,
+    reason = "slot bodies are lent to helper threads one by one"
+)]
+
+use alloc::sync::Arc;
+use core::ptr::NonNull;
+
+use ferry_shared::errno::Errno;
+use ferry_shared::limits::{MAX_DATA_BUFFER, SLOT_INPUT, SLOT_OUTPUT};
+
+use super::world::{HeldMap, Run};
+use super::{BUDGET, Backend, Ending, Job, Reactor, System};
+use crate::dispatch::{self, FIRST, Malformed, Outcome};
+use crate::fuse::abi::{FUSE_DESTROY, FUSE_INIT};
+use crate::id::{CoreEvent, DeviceId, QueueKind};
+use crate::mem::Segments;
+use crate::pool::DataBuffer;
+use crate::slot::{SlotMeta, Stage, Transfer};
+use crate::virtio::queue::Head;
+
+impl<B: Backend, S: System<B>> Reactor<B, S> {
+    /// The outcome of a request that ran on the helper thread.
+    pub fn offload_done(&mut self, slot: u32, outcome: Outcome, sys: &mut S) {
+        let Some(at) = self
+            .meta(slot)
+            .filter(|m| m.stage == Stage::Offloaded)
+            .map(|m| m.queue)
+        else {
+            return;
+        };
+        self.touches(at, false);
+        self.finish(slot, outcome, sys);
+        self.settle(at, sys);
+    }
+
+    /// The result of an operation on the ring: bytes or a negative error number.
+    pub fn io_done(&mut self, slot: u32, result: i32, sys: &mut S) {
+        let Some(meta) = self.meta(slot).filter(|m| m.stage == Stage::Submitted) else {
+            return;
+        };
+        let at = meta.queue;
+        let again = meta.transfer.as_mut().is_some_and(|t| t.advance(result));
+        let total = meta.transfer.map_or(result, |t| t.total(result));
+        self.touches(at, false);
+        let discard = self.meta(slot).is_some_and(|m| m.discard);
+        if again && !discard {
+            self.submit(slot, sys);
+        } else {
+            self.end_transfer(slot, total, sys);
+        }
+        self.settle(at, sys);
+    }
+
+    /// Takes requests from a queue.
+    pub(super) fn serve(&mut self, at: u32, sys: &mut S) -> bool {
+        let mut worked = false;
+        for _ in 0..BUDGET {
+            let Some(q) = self.queues.get_mut(at as usize).and_then(Option::as_mut) else {
+                break;
+            };
+            if q.ending != Ending::Runs || q.kind == QueueKind::Notification || !q.queue.has_work()
+            {
+                break;
+            }
+            if self
+                .devices
+                .iter()
+                .any(|d| d.id == q.device && d.next_map.is_some())
+            {
+                break;
+            }
+            let Some(slot) = self.free.pop() else {
+                self.counters.slot_waits = self.counters.slot_waits.wrapping_add(1);
+                break;
+            };
+            let Some(mut body) = self.bodies.get(slot) else {
+                break;
+            };
+            // SAFETY: the slot was free, so nobody else uses its body.
+            let chain = unsafe { &mut body.as_mut().chain };
+            match q.queue.pop(chain) {
+                Ok(Some(popped)) => {
+                    q.in_flight = q.in_flight.saturating_add(1);
+                    worked = true;
+                    self.counters.requests = self.counters.requests.wrapping_add(1);
+                    if let Some(meta) = self.slots.get_mut(slot as usize) {
+                        meta.queue = at;
+                        meta.head = Some(popped.head);
+                    }
+                    self.take_in(slot, popped.fault.is_some(), sys);
+                }
+                Ok(None) => {
+                    self.free.push(slot);
+                    break;
+                }
+                Err(_) => {
+                    let (device, index) = (q.device, q.index);
+                    self.free.push(slot);
+                    sys.report(CoreEvent::QueueFailed { device, index });
+                    break;
+                }
+            }
+        }
+        worked
+    }
+
+    /// Copies a request in and gets its buffers.
+    pub(super) fn take_in(&mut self, slot: u32, faulty: bool, sys: &mut S) {
+        let Some(body) = self.bodies.get(slot) else {
+            return;
+        };
+        // SAFETY: the slot has just been taken, nobody else uses its body. Chain and input are different fields.
+        let (chain, input) = unsafe { (&(*body.as_ptr()).chain, &mut (*body.as_ptr()).input) };
+        let Some(map) = self.map_of(slot) else { return };
+        let readable = chain.readable(&map);
+        let first = input
+            .get_mut(..FIRST)
+            .map_or(0, |first| readable.read(first));
+        let seen = input.get(..first).unwrap_or_default();
+        match dispatch::intake(seen, readable.len()) {
+            Err(Malformed {
+                errno,
+                unique: Some(unique),
+            }) => {
+                self.set_unique(slot, unique);
+                self.fail(slot, errno, sys);
+            }
+            Err(Malformed { unique: None, .. }) => self.release(slot, Some(0), sys),
+            Ok(intake) => {
+                self.set_unique(slot, dispatch::unique(seen));
+                if faulty {
+                    return self.fail(slot, Errno::EFAULT, sys);
+                }
+                let Ok(input_len) = u32::try_from(intake.input) else {
+                    return self.fail(slot, Errno::E2BIG, sys);
+                };
+                if input_len > MAX_DATA_BUFFER {
+                    return self.fail(slot, Errno::E2BIG, sys);
+                }
+                if let Some(rest) = input.get_mut(first..intake.input.min(SLOT_INPUT)) {
+                    readable.after(first).read(rest);
+                }
+                if let Some(meta) = self.meta(slot) {
+                    meta.input_len = input_len;
+                }
+                self.get_buffers(slot, sys);
+            }
+        }
+    }
+
+    /// Takes the data buffers that a request needs, all or none, and runs it.
+    pub(super) fn get_buffers(&mut self, slot: u32, sys: &mut S) {
+        let (Some(body), Some(map)) = (self.bodies.get(slot), self.map_of(slot)) else {
+            return;
+        };
+        let Some(meta) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        let input_len = meta.input_len as usize;
+        let long_input = input_len > SLOT_INPUT;
+        // SAFETY: the slot is the core's, as in `take_in`; shared access to two fields.
+        let (chain, input) = unsafe { (&(*body.as_ptr()).chain, &(*body.as_ptr()).input) };
+        let room = chain.writable(&map).len();
+        let scratch = dispatch::scratch_needed(
+            input.get(..input_len.min(SLOT_INPUT)).unwrap_or_default(),
+            room,
+        );
+        let long_reply = scratch > SLOT_OUTPUT;
+        let needed = usize::from(long_input) + usize::from(long_reply);
+        if self.pool.available() < needed
+            || (needed > 0 && self.need_buffers.front().is_some_and(|&s| s != slot))
+        {
+            // In order of arrival, so that a request that needs two buffers is not overtaken for ever.
+            if meta.stage != Stage::NeedsBuffers {
+                self.counters.buffer_waits = self.counters.buffer_waits.wrapping_add(1);
+                meta.stage = Stage::NeedsBuffers;
+                self.need_buffers.push_back(slot);
+            }
+            return;
+        }
+        if meta.stage == Stage::NeedsBuffers {
+            self.need_buffers.pop_front();
+        }
+        meta.scratch_len =
+            u32::try_from(scratch.min(MAX_DATA_BUFFER as usize)).unwrap_or(MAX_DATA_BUFFER);
+        meta.output_buffer = if long_reply { self.pool.take() } else { None };
+        if long_input && let Some(buffer) = self.pool.take() {
+            // SAFETY: the buffer was free, so nobody else uses its bytes.
+            let long = unsafe { &mut *self.pool.bytes(&buffer).as_ptr() };
+            // What has been looked at already is taken from the copy: guest memory may have changed since.
+            if let Some((seen, rest)) = long
+                .get_mut(..input_len)
+                .and_then(|l| l.split_at_mut_checked(SLOT_INPUT))
+            {
+                seen.copy_from_slice(input);
+                chain.readable(&map).after(SLOT_INPUT).read(rest);
+            }
+            meta.input_buffer = Some(buffer);
+        }
+        self.run(slot, sys);
+    }
+
+    /// Runs a request here, or sends it to the helper thread.
+    pub(super) fn run(&mut self, slot: u32, sys: &mut S) {
+        let Some(run) = self.locate(slot) else { return };
+        // SAFETY: the slot is the core's; nobody else writes its input.
+        let input = unsafe { run.input.as_ref() };
+        let opcode = dispatch::opcode(input);
+        let Some(meta) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        let at = meta.queue;
+        let Some(device) = self
+            .queues
+            .get(at as usize)
+            .and_then(Option::as_ref)
+            .map(|q| q.device)
+        else {
+            return;
+        };
+        let Some(device) = self.devices.iter_mut().find(|d| d.id == device) else {
+            return;
+        };
+        device.refresh();
+        if device.backend.as_ref().is_some_and(|b| b.may_block(opcode)) {
+            meta.stage = Stage::Offloaded;
+            let job = Job {
+                run,
+                shared: Arc::clone(&device.shared),
+                backend: device.backend.clone(),
+            };
+            self.touches(at, true);
+            return sys.offload(slot, job);
+        }
+        // SAFETY: the slot is the core's and stays so until this returns; the queue holds the map.
+        let outcome = unsafe { run.execute(device.backend.as_deref(), &device.shared.session) };
+        self.finish(slot, outcome, sys);
+    }
+
+    /// What comes after a request has run.
+    pub(super) fn finish(&mut self, slot: u32, outcome: Outcome, sys: &mut S) {
+        match outcome {
+            Outcome::Done(written) => {
+                self.note_mount(slot, sys);
+                self.release(slot, Some(written), sys);
+            }
+            Outcome::Submit { op, pin } => {
+                if let Some(meta) = self.meta(slot) {
+                    meta.transfer = Some(Transfer { op, pin, done: 0 });
+                }
+                self.submit(slot, sys);
+            }
+            Outcome::Wait => self.wait(slot, sys),
+            Outcome::Interrupt { unique } => {
+                let device = self.device_of(slot);
+                self.release(slot, Some(0), sys);
+                if let Some(device) = device {
+                    self.interrupt_request(device, unique, sys);
+                    sys.spread_interrupt(device, unique);
+                }
+            }
+        }
+    }
+
+    /// Has a SETLKW request wait.
+    pub(super) fn wait(&mut self, slot: u32, sys: &mut S) {
+        let (Some(device), Some(meta)) = (self.device_of(slot), self.meta(slot)) else {
+            return;
+        };
+        if meta.discard {
+            return self.release(slot, None, sys);
+        }
+        let unique = meta.unique;
+        meta.stage = Stage::Waiting;
+        let at = meta.queue;
+        if self.early_interrupts.iter().any(|&e| e == (device, unique)) {
+            self.early_interrupts.retain(|&e| e != (device, unique));
+            return self.fail(slot, Errno::EINTR, sys);
+        }
+        if self.queue_mut(at).is_some_and(|q| q.ending != Ending::Runs) {
+            return self.give_back(slot, sys);
+        }
+        self.waiting.push(slot);
+    }
+
+    /// Puts a transfer, or the rest of it, on the ring.
+    pub(super) fn submit(&mut self, slot: u32, sys: &mut S) {
+        let (Some(mut body), Some(map)) = (self.bodies.get(slot), self.map_of(slot)) else {
+            return;
+        };
+        let Some(meta) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        let Some(transfer) = meta.transfer else {
+            return;
+        };
+        let input_len = meta.input_len as usize;
+        // SAFETY: the slot is the core's; `chain` and `iovecs` are different fields.
+        let body = unsafe { body.as_mut() };
+        let (op, count) = transfer.rest(&body.chain, &map, input_len, &mut body.iovecs);
+        let accepted = sys.submit(slot, op, body.iovecs.get(..count).unwrap_or_default());
+        let at = meta.queue;
+        if accepted {
+            meta.stage = Stage::Submitted;
+            self.touches(at, true);
+        } else {
+            meta.stage = Stage::Unsubmitted;
+            self.unsubmitted.push_back(slot);
+        }
+    }
+
+    /// Answers a transfer.
+    pub(super) fn end_transfer(&mut self, slot: u32, result: i32, sys: &mut S) {
+        let Some(run) = self.locate(slot) else { return };
+        let Some(meta) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
+        let Some(transfer) = meta.transfer.take() else {
+            return;
+        };
+        let discard = meta.discard;
+        let Some(device) = self
+            .device_of(slot)
+            .and_then(|id| self.devices.iter().find(|d| d.id == id))
+        else {
+            return;
+        };
+        // SAFETY: the slot is the core's again; chain and input are not written meanwhile.
+        let (chain, input) = unsafe { (&(*run.body.as_ptr()).chain, run.input.as_ref()) };
+        // SAFETY: the queue holds the map.
+        let map = unsafe { run.map.as_ref() };
+        let reply = if discard {
+            Segments::empty()
+        } else {
+            chain.writable(map)
+        };
+        // The backend may have been taken away from the device, but not from a transfer that pins a file of it.
+        let written = device.backend.as_ref().map_or(0, |backend| {
+            backend.finish_io(input, reply, (transfer.op, transfer.pin, result))
+        });
+        self.release(slot, Some(written), sys);
+    }
+
+    /// Answers a request with an error.
+    pub(super) fn fail(&mut self, slot: u32, errno: Errno, sys: &mut S) {
+        let (Some(body), Some(map)) = (self.bodies.get(slot), self.map_of(slot)) else {
+            return;
+        };
+        let unique = self.meta(slot).map_or(0, |m| m.unique);
+        // SAFETY: the slot is the core's.
+        let chain = unsafe { &(*body.as_ptr()).chain };
+        let written = dispatch::fail(unique, chain.writable(&map), errno);
+        self.release(slot, Some(written), sys);
+    }
+
+    /// Gives a finished request back to its queue (unless it is to be dropped: `None`) and frees its slot.
+    pub(super) fn release(&mut self, slot: u32, written: Option<u32>, sys: &mut S) {
+        let Some((at, head, discard)) = self.free_slot(slot) else {
+            return;
+        };
+        if let Some(q) = self.queue_mut(at) {
+            match written.filter(|_| !discard) {
+                Some(written) => {
+                    q.queue.push_used(head, written);
+                    q.dirty = true;
+                }
+                None => q.queue.abandon(head),
+            }
+            q.in_flight = q.in_flight.saturating_sub(1);
+        }
+        self.check_stopped(at, sys);
+    }
+
+    /// Puts a request that has not run back, for the queue's next start.
+    pub(super) fn give_back(&mut self, slot: u32, sys: &mut S) {
+        let Some(body) = self.bodies.get(slot) else {
+            return;
+        };
+        let Some((at, head, _)) = self.free_slot(slot) else {
+            return;
+        };
+        if let Some(q) = self.queue_mut(at) {
+            // SAFETY: the slot is the core's; it is taken again by a later `pop` only.
+            q.queue.requeue(head, unsafe { &(*body.as_ptr()).chain });
+            q.in_flight = q.in_flight.saturating_sub(1);
+        }
+        self.check_stopped(at, sys);
+    }
+
+    pub(super) fn free_slot(&mut self, slot: u32) -> Option<(u32, Head, bool)> {
+        let meta = self.slots.get_mut(slot as usize)?;
+        let head = meta.head.take()?;
+        let meta = core::mem::replace(meta, SlotMeta::free());
+        self.put_buffer(meta.input_buffer);
+        self.put_buffer(meta.output_buffer);
+        self.free.push(slot);
+        Some((meta.queue, head, meta.discard))
+    }
+
+    pub(super) fn put_buffer(&mut self, buffer: Option<DataBuffer>) {
+        if let Some(buffer) = buffer {
+            self.pool.put(buffer);
+        }
+    }
+
+    /// Tells the management thread when INIT or DESTROY has changed whether the device is mounted.
+    pub(super) fn note_mount(&mut self, slot: u32, sys: &mut S) {
+        let Some(run) = self.locate(slot) else { return };
+        // SAFETY: the slot is the core's.
+        let opcode = dispatch::opcode(unsafe { run.input.as_ref() });
+        if opcode != FUSE_INIT && opcode != FUSE_DESTROY {
+            return;
+        }
+        let Some(device) = self
+            .device_of(slot)
+            .and_then(|id| self.devices.iter().find(|d| d.id == id))
+        else {
+            return;
+        };
+        sys.report(CoreEvent::Mounted {
+            device: device.id,
+            mounted: device.shared.session.mounted(),
+        });
+    }
+
+    /// Where a slot's bytes are.
+    pub(super) fn locate(&self, slot: u32) -> Option<Run> {
+        let body = self.bodies.get(slot)?;
+        let meta = self.slots.get(slot as usize)?;
+        // SAFETY: takes addresses of fields only.
+        let (input, output) = unsafe {
+            (
+                &raw mut (*body.as_ptr()).input,
+                &raw mut (*body.as_ptr()).output,
+            )
+        };
+        let input = match &meta.input_buffer {
+            Some(buffer) => self.pool.bytes(buffer).cast::<u8>(),
+            None => NonNull::new(input.cast::<u8>())?,
+        };
+        let scratch = match &meta.output_buffer {
+            Some(buffer) => NonNull::slice_from_raw_parts(
+                self.pool.bytes(buffer).cast(),
+                meta.scratch_len as usize,
+            ),
+            None => NonNull::slice_from_raw_parts(NonNull::new(output.cast::<u8>())?, SLOT_OUTPUT),
+        };
+        let limit = if meta.input_buffer.is_some() {
+            MAX_DATA_BUFFER as usize
+        } else {
+            SLOT_INPUT
+        };
+        let input = NonNull::slice_from_raw_parts(input, (meta.input_len as usize).min(limit));
+        let map = NonNull::from(&**self.queues.get(meta.queue as usize)?.as_ref()?.queue.map());
+        Some(Run {
+            body,
+            map,
+            input,
+            scratch,
+        })
+    }
+
+    /// The guest memory of the slot's request.
+    pub(super) fn map_of(&self, slot: u32) -> Option<HeldMap> {
+        let at = self.slots.get(slot as usize)?.queue;
+        Some(HeldMap(NonNull::from(
+            &**self.queues.get(at as usize)?.as_ref()?.queue.map(),
+        )))
+    }
+
+    pub(super) fn set_unique(&mut self, slot: u32, unique: u64) {
+        if let Some(meta) = self.meta(slot) {
+            meta.unique = unique;
+        }
+    }
+
+    /// The device whose request holds the slot.
+    pub(super) fn device_of(&self, slot: u32) -> Option<DeviceId> {
+        let meta = self.slots.get(slot as usize).filter(|m| m.head.is_some())?;
+        self.queues
+            .get(meta.queue as usize)?
+            .as_ref()
+            .map(|q| q.device)
+    }
+
+    pub(super) fn is_request(&self, slot: u32, device: DeviceId, unique: u64) -> bool {
+        self.device_of(slot) == Some(device)
+            && self
+                .slots
+                .get(slot as usize)
+                .is_some_and(|m| m.unique == unique)
+    }
+
+    /// Interrupts a waiting request of this core; another core has seen the INTERRUPT.
+    pub fn interrupt_request(&mut self, device: DeviceId, unique: u64, sys: &mut S) {
+        let found = self
+            .waiting
+            .iter()
+            .copied()
+            .find(|&slot| self.is_request(slot, device, unique));
+        match found {
+            Some(slot) => {
+                self.waiting.retain(|&s| s != slot);
+                self.fail(slot, Errno::EINTR, sys);
+            }
+            None => {
+                if self.early_interrupts.is_full() {
+                    self.early_interrupts.pop_front();
+                }
+                let _ = self.early_interrupts.push_back((device, unique));
+            }
+        }
+    }
+
+    /// Tries waiting locks again although no local release was seen; for locks that other processes hold.
+    pub fn poll_locks(&mut self, sys: &mut S) {
+        let mut at = 0;
+        while let Some(&slot) = self.waiting.get(at) {
+            // A request that still waits is appended again, so that each is tried once in this call.
+            let before = self.waiting.len();
+            self.waiting.remove(at);
+            self.run(slot, sys);
+            if self.waiting.len() == before {
+                if let Some(again) = self.waiting.pop() {
+                    self.waiting.insert(at, again);
+                }
+                at = at.saturating_add(1);
+            }
+        }
+    }
+}
