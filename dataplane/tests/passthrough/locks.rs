@@ -141,7 +141,7 @@ fn locks_go_with_flush_release_forget_and_unmount_and_wake_who_waits() {
         assert!(host_lock(&host, WRITE), "still locked after {when}");
         assert!(host_lock(&host, NONE));
     };
-    for when in ["unlock", "flush", "release", "forget", "unmount"] {
+    for when in ["unlock", "flush", "release", "close", "forget", "unmount"] {
         let id = rig.look(ROOT, "f").unwrap().nodeid;
         let fh = rig.open(id, libc::O_RDWR).unwrap();
         set(&rig, id, lk(fh, 1, WRITE, 0, 9)).unwrap();
@@ -171,6 +171,14 @@ fn locks_go_with_flush_release_forget_and_unmount_and_wake_who_waits() {
                     lock_owner: 1,
                     release_flags,
                     flags: 0,
+                };
+                rig.fs.release(&root(), id, &arg).unwrap();
+            }
+            // What the guest's kernel sends at the end of an open file description whose own locks (F_OFD_SETLK) it held.
+            "close" => {
+                let arg = fuse_release_in {
+                    fh,
+                    ..Default::default()
                 };
                 rig.fs.release(&root(), id, &arg).unwrap();
             }

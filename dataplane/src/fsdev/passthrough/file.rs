@@ -327,6 +327,9 @@ impl Passthrough {
         if arg.release_flags & FUSE_RELEASE_FLUSH != 0 {
             self.locks.drop_owner(nodeid, arg.lock_owner);
         }
+        if file.handle().has(handle::LOCKED) {
+            self.locks.drop_handle(nodeid, arg.fh);
+        }
         if arg.release_flags & FUSE_RELEASE_FLOCK_UNLOCK != 0 && file.handle().has(handle::FLOCKED)
         {
             // At the latest the close below does it.
@@ -462,8 +465,10 @@ impl Passthrough {
                 opened => opened,
             }
         };
-        self.locks
-            .set(nodeid, arg.owner, arg.lk.pid, wanted, open)?;
+        if wanted.kind != libc::F_UNLCK {
+            file.handle().set(handle::LOCKED);
+        }
+        self.locks.set(nodeid, arg, wanted, open)?;
         if self.has_ended(session) {
             self.locks.drop_owner(nodeid, arg.owner);
         }
