@@ -29,6 +29,9 @@ use crate::rpc::table;
 use crate::rpc::table::Handler;
 use crate::rpc::table::Method;
 use crate::rpc::table::When;
+use crate::state::StateError;
+use crate::state::StateV1;
+use crate::state::Store;
 
 /// A part of the service that can be disabled before the start.
 pub struct Subsystem {
@@ -75,6 +78,10 @@ pub struct App {
     phase: watch::Sender<Phase>,
     disabled: RefCell<Vec<&'static str>>,
     allowed: Option<Vec<String>>,
+    /// Where the state is kept, if it is.
+    store: RefCell<Option<Store>>,
+    /// Whether the model may differ from what is kept.
+    dirty: Cell<bool>,
 }
 
 impl App {
@@ -89,6 +96,46 @@ impl App {
             phase: watch::Sender::new(Phase::Startup),
             disabled: RefCell::default(),
             allowed,
+            store: RefCell::default(),
+            dirty: Cell::new(false),
+        })
+    }
+
+    /// Begins with what was kept.
+    pub fn restore(&self, state: StateV1) -> Result<(), Failure> {
+        *self.model_mut() = Model::restore(state)?;
+        Ok(())
+    }
+
+    /// From now on every accepted change is kept before it is acknowledged.
+    pub fn keep_in(&self, store: Store) {
+        *self.store.borrow_mut() = Some(store);
+    }
+
+    /// Keeps what has changed. Without a store there is nothing to do.
+    pub fn keep(&self) -> Result<(), StateError> {
+        if !self.dirty.get() {
+            return Ok(());
+        }
+        if let Some(store) = self.store.borrow_mut().as_mut() {
+            store.save(&self.model().stored())?;
+        }
+        self.dirty.set(false);
+        Ok(())
+    }
+
+    /// Keeps what a request has changed. If that fails, success becomes a failure: nothing may be acknowledged that a
+    /// restart would forget.
+    fn kept(&self, answer: Result<Value, RpcError>) -> Result<Value, RpcError> {
+        let Err(error) = self.keep() else {
+            return answer;
+        };
+        tracing::error!(%error, "the state is not kept");
+        answer.and_then(|_| {
+            let detail = format!(
+                "the change is in effect and would be lost in a restart: {error}; then repeat any request that changes something"
+            );
+            Err(Failure::new(Errno::EIO, detail).into())
         })
     }
 
@@ -99,6 +146,7 @@ impl App {
 
     /// The model, to change.
     pub fn model_mut(&self) -> RefMut<'_, Model> {
+        self.dirty.set(true);
         self.model.borrow_mut()
     }
 
@@ -127,6 +175,13 @@ impl App {
     pub async fn linked(&self) {
         let mut receiver = self.linked.subscribe();
         let _ = receiver.wait_for(|linked| *linked == Some(true)).await;
+    }
+
+    /// Waits until it is known that the data plane is not there.
+    #[cfg(test)]
+    pub(crate) async fn unlinked(&self) {
+        let mut receiver = self.linked.subscribe();
+        let _ = receiver.wait_for(|linked| *linked == Some(false)).await;
     }
 
     /// Waits until the first attempt to reach the data plane has ended.
@@ -203,9 +258,16 @@ impl App {
             self.link()?;
         }
         match method.handler {
-            Handler::Now(answer) => answer(self, &args),
+            Handler::Now(answer) => {
+                let answer = answer(self, &args);
+                self.kept(answer)
+            }
             Handler::Later(answer) | Handler::Detached(answer) => {
-                let work = tokio::task::spawn_local(answer(Rc::clone(self), args));
+                let app = Rc::clone(self);
+                let work = tokio::task::spawn_local(async move {
+                    let answer = answer(Rc::clone(&app), args).await;
+                    app.kept(answer)
+                });
                 work.await.unwrap_or_else(|error| {
                     tracing::error!(method = method.name, %error, "the handler of a method has failed");
                     Err(RpcError::new(RpcError::INTERNAL_ERROR, format!("Internal error: {name} has failed")))
@@ -273,6 +335,9 @@ impl App {
                 "took over what the data plane has"
             );
         }
+        for Failure { errno, detail } in adopted.impossible {
+            tracing::error!(%errno, detail, "cannot issue again what the data plane lacks");
+        }
         for ticket in adopted.missing {
             let outcome = link.call(ticket.command.clone()).await;
             match &outcome {
@@ -285,6 +350,9 @@ impl App {
             }
             self.model_mut().finish_missing(ticket, outcome.is_ok());
         }
+        if let Err(error) = self.keep() {
+            tracing::error!(%error, "the state is not kept");
+        }
         *self.link.borrow_mut() = Ok(link);
         self.linked.send_replace(Some(true));
         Ok(())
@@ -293,7 +361,8 @@ impl App {
     /// Takes a report of the data plane.
     pub fn event(&self, event: Event) {
         tracing::debug!(?event, "data plane");
-        self.model_mut().event(event);
+        // None of it is kept, so this leaves `dirty` alone.
+        self.model.borrow_mut().event(event);
     }
 }
 

@@ -1,8 +1,10 @@
 //! The kernel's side of a mount: `/dev/fuse`, mount(2) and umount(2).
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -111,10 +113,12 @@ impl Options {
     }
 }
 
-/// A file system mounted on a directory, until [`Mount::unmount`].
+/// A file system mounted on a directory; it does not outlive this value.
 #[derive(Debug)]
 pub(super) struct Mount {
     dir: PathBuf,
+    /// The kernel's number for it, by which it is told from what others may mount on the same directory.
+    id: Option<u64>,
 }
 
 impl Mount {
@@ -163,8 +167,10 @@ impl Mount {
             };
             anyhow::anyhow!("cannot mount {tag} on {shown}: {e}; {hint}")
         })?;
+        let id = mounts(&read_mounts(), dir).last();
         Ok(Mount {
             dir: dir.to_owned(),
+            id,
         })
     }
 
@@ -190,6 +196,9 @@ impl Mount {
 
     /// Ends the connection, so that nobody waits for an answer any more, and takes the mount away even if it is in use.
     pub(super) fn abort(&self) {
+        if !mounts(&read_mounts(), &self.dir).any(|id| Some(id) == self.id) {
+            return;
+        }
         // The first fails while the mount is busy, but ends the connection all the same.
         for flags in [MntFlags::MNT_FORCE, MntFlags::MNT_DETACH] {
             let _ = umount2(&self.dir, flags | MntFlags::UMOUNT_NOFOLLOW);
@@ -197,9 +206,69 @@ impl Mount {
     }
 }
 
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.abort();
+    }
+}
+
+/// The table of mounts, as proc(5) describes it.
+fn read_mounts() -> String {
+    fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()
+}
+
+/// The numbers of this program's kind of mounts on `dir`, the last one on top.
+fn mounts<'a>(table: &'a str, dir: &'a Path) -> impl Iterator<Item = u64> + use<'a> {
+    table.lines().filter_map(move |line| {
+        let (fields, rest) = line.split_once(" - ")?;
+        let mut fields = fields.split(' ');
+        let id = fields.next()?.parse().ok()?;
+        let place = fields.nth(3)?;
+        let ours = rest.split(' ').next()? == FS_TYPE && unescape(place) == dir.as_os_str();
+        ours.then_some(id)
+    })
+}
+
+/// Undoes the table's way of writing spaces and other separators.
+fn unescape(text: &str) -> OsString {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let code = tail
+            .get(..3)
+            .filter(|_| first == b'\\')
+            .and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok());
+        match code {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            None => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    OsString::from_vec(bytes)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{MsFlags, Options};
+    use std::path::Path;
+
+    use super::{MsFlags, Options, mounts};
+
+    #[test]
+    fn mounts_are_found_by_directory_and_kind_with_spaces_in_the_name() {
+        let table = "21 1 8:1 / / rw shared:1 - ext4 /dev/sda rw\n\
+            30 21 0:40 / /a\\040b\\134 rw - fuse.ferry tag rw,user_id=0\n\
+            31 21 0:41 / /a rw - fuse.ferry tag rw\n\
+            32 30 0:42 / /a\\040b\\134 rw,nosuid shared:3 - fuse.ferry other rw\n\
+            33 32 0:43 / /a\\040b\\134 rw - tmpfs tmpfs rw\n";
+        let found: Vec<u64> = mounts(table, Path::new("/a b\\")).collect();
+        assert_eq!(found, [30, 32]);
+        assert_eq!(mounts(table, Path::new("/b")).next(), None);
+    }
 
     fn parse(options: &str) -> anyhow::Result<Options> {
         Options::parse(&[options.to_owned()])

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, anyhow};
@@ -46,10 +47,34 @@ pub(super) struct Supervisor {
     mount: Arc<Mount>,
     signals: SignalFd,
     device: Device,
-    /// Signalled when a worker or the unmounting thread has finished.
-    finished: Arc<EventFd>,
+    notes: Notes,
+    received: Receiver<Note>,
     workers: Vec<(JoinHandle<Finished>, Arc<EventFd>)>,
-    unmounting: Option<JoinHandle<Result<bool>>>,
+    unmounting: bool,
+}
+
+/// What a thread has to say before it ends.
+enum Note {
+    /// A worker works no more.
+    WorkerEnded,
+    /// The outcome of [`Mount::unmount`].
+    Unmounted(Result<bool>),
+}
+
+/// How a thread says it.
+#[derive(Clone)]
+struct Notes {
+    sender: Sender<Note>,
+    /// Signalled after each note.
+    event: Arc<EventFd>,
+}
+
+impl Notes {
+    fn send(&self, note: Note) {
+        // Without a receiver the program is ending anyway.
+        let _ = self.sender.send(note);
+        self.event.signal();
+    }
 }
 
 impl Supervisor {
@@ -59,25 +84,28 @@ impl Supervisor {
         signals: SignalFd,
         device: Device,
     ) -> Result<Supervisor> {
+        let (sender, received) = channel();
+        let event = Arc::new(EventFd::new().context("cannot make an event counter")?);
         Ok(Supervisor {
             shared,
             mount: Arc::new(mount),
             signals,
             device,
-            finished: Arc::new(EventFd::new().context("cannot make an event counter")?),
+            notes: Notes { sender, event },
+            received,
             workers: Vec::new(),
-            unmounting: None,
+            unmounting: false,
         })
     }
 
     /// Starts a worker.
     pub(super) fn spawn(&mut self, mut worker: Worker, wake: Arc<EventFd>) -> Result<()> {
-        let finished = Arc::clone(&self.finished);
+        let notes = self.notes.clone();
         let thread = thread::Builder::new()
             .name(format!("mount/{}", self.workers.len() + 1))
             .spawn(move || {
                 let outcome = worker.run();
-                finished.signal();
+                notes.send(Note::WorkerEnded);
                 (worker, outcome)
             })
             .context("cannot start a worker thread")?;
@@ -91,22 +119,24 @@ impl Supervisor {
         if matches!(end, End::Failed(_)) {
             self.mount.abort();
         }
-        let (worker_error, last) = self.stop_workers();
+        let (worker_failure, last) = self.stop_workers();
         let shown = self.mount.dir().display().to_string();
-        match end {
-            End::Failed(error) => {
-                // The device learns of it when the connection closes; it might not answer a reset.
-                let error = worker_error.unwrap_or(error);
-                return Err(error.context(format!(
-                    "the mount at {shown} has ended and was removed; its pending requests have failed"
-                )));
-            }
-            End::Stopped(true) => {
-                eprintln!(
-                    "ferry: {shown} was in use: it is unmounted, and its open files fail from now on"
-                );
-            }
-            End::Stopped(false) | End::Unmounted => {}
+        let (failure, busy) = match end {
+            End::Failed(error) => (worker_failure.or(Some(error)), false),
+            End::Stopped(busy) => (worker_failure, busy),
+            End::Unmounted => (worker_failure, false),
+        };
+        if let Some(error) = failure {
+            self.mount.abort();
+            // The device learns of it when the connection closes; it might not answer a reset.
+            return Err(error.context(format!(
+                "the mount at {shown} has ended and was removed; its pending requests have failed"
+            )));
+        }
+        if busy {
+            eprintln!(
+                "ferry: {shown} was in use: it is unmounted, and its open files fail from now on"
+            );
         }
         if let Some((queue, slots)) = last {
             self.say_goodbye(queue, slots);
@@ -129,15 +159,15 @@ impl Supervisor {
                 self.shared.hiprio.interrupted()?;
             }
             if ready.signal && self.signals.read_signal()?.is_some() {
-                if self.unmounting.is_some() {
+                if self.unmounting {
                     return Ok(End::Failed(anyhow!(
                         "stopped by a second signal before it was unmounted"
                     )));
                 }
                 self.begin_unmount()?;
             }
-            if ready.finished
-                && let Some(end) = self.look_at_threads()?
+            if ready.note
+                && let Some(end) = self.read_notes()?
             {
                 return Ok(end);
             }
@@ -149,51 +179,44 @@ impl Supervisor {
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.device.hangup_fd(), PollFlags::POLLIN),
             PollFd::new(self.shared.hiprio.call_fd(), PollFlags::POLLIN),
-            PollFd::new(self.finished.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.notes.event.as_fd(), PollFlags::POLLIN),
         ];
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(e).context("cannot wait for events"),
         }
-        let [signal, device, hiprio, finished] =
+        let [signal, device, hiprio, note] =
             fds.map(|fd| fd.revents().is_none_or(|r| !r.is_empty()));
         Ok(Ready {
             signal,
             device,
             hiprio,
-            finished,
+            note,
         })
     }
 
     /// Unmounts in a thread of its own, as this takes the workers' help and may take long.
     fn begin_unmount(&mut self) -> Result<()> {
         let mount = Arc::clone(&self.mount);
-        let finished = Arc::clone(&self.finished);
-        let thread = thread::Builder::new()
+        let notes = self.notes.clone();
+        thread::Builder::new()
             .name("unmount".into())
-            .spawn(move || {
-                let outcome = mount.unmount();
-                finished.signal();
-                outcome
-            })
+            .spawn(move || notes.send(Note::Unmounted(mount.unmount())))
             .context("cannot start the thread that unmounts")?;
-        self.unmounting = Some(thread);
+        self.unmounting = true;
         Ok(())
     }
 
-    /// A thread has finished: what does that mean?
-    fn look_at_threads(&mut self) -> Result<Option<End>> {
-        self.finished.drain();
-        if let Some(thread) = self.unmounting.take_if(|thread| thread.is_finished()) {
-            let clean = thread
-                .join()
-                .map_err(|_| anyhow!("the unmounting thread panicked"))??;
-            return Ok(Some(End::Stopped(!clean)));
-        }
-        let ended = self.workers.iter().any(|(thread, _)| thread.is_finished());
-        // While this side unmounts, the workers' end is a part of that.
-        if ended && self.unmounting.is_none() {
-            return Ok(Some(End::Unmounted));
+    /// What the threads have said, if it means the end.
+    fn read_notes(&mut self) -> Result<Option<End>> {
+        self.notes.event.drain();
+        while let Ok(note) = self.received.try_recv() {
+            match note {
+                Note::Unmounted(outcome) => return Ok(Some(End::Stopped(!outcome?))),
+                // While this side unmounts, the workers' end is a part of that.
+                Note::WorkerEnded if self.unmounting => {}
+                Note::WorkerEnded => return Ok(Some(End::Unmounted)),
+            }
         }
         Ok(None)
     }
@@ -238,5 +261,5 @@ struct Ready {
     signal: bool,
     device: bool,
     hiprio: bool,
-    finished: bool,
+    note: bool,
 }

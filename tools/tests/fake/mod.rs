@@ -3,6 +3,7 @@
 //!
 //! A device answers requests with a function of the test's, and notes what the driver did to it.
 
+pub(crate) mod files;
 pub(crate) mod vfio_user;
 pub(crate) mod vhost_user;
 

@@ -397,6 +397,17 @@ impl Passthrough {
         sys::copy_range(from.fd(), arg.off_in, to.fd(), arg.off_out, len)
     }
 
+    pub(super) fn do_lseek(&self, nodeid: u64, arg: &fuse_lseek_in) -> Result<u64, Errno> {
+        let file = self.handles.file(arg.fh, nodeid)?;
+        let data_or_hole = [libc::SEEK_DATA as u32, libc::SEEK_HOLE as u32];
+        if data_or_hole.contains(&arg.whence) && self.has(FUSE_WRITEBACK_CACHE) {
+            // What the guest has not written back yet would look like a hole, and a copy would lose it. Linux answers by
+            // itself after this.
+            return Err(Errno::ENOSYS);
+        }
+        sys::seek(file.fd(), arg.offset, arg.whence)
+    }
+
     pub(super) fn do_poll(&self, nodeid: u64, arg: &fuse_poll_in) -> Result<u32, Errno> {
         self.handles.any(arg.fh, nodeid)?;
         let ready = libc::POLLIN | libc::POLLOUT | libc::POLLRDNORM | libc::POLLWRNORM;

@@ -1,7 +1,7 @@
 //! The `aio` file-system device: a directory of this machine.
 //!
-//! Owns everything that a guest can name in the export: inodes ([`inode`]), open files ([`handle`]), lock owners
-//! ([`lock`]). Called by the dispatcher from any core and from helper threads; nothing here allocates after
+//! Owns everything that a guest can name in the export: inodes (`inode`), open files (`handle`), lock owners
+//! (`lock`). Called by the dispatcher from any core and from helper threads; nothing here allocates after
 //! [`Passthrough::new`].
 //!
 //! # What keeps a guest inside
@@ -14,7 +14,7 @@
 //! # Who acts
 //!
 //! The guest's kernel checks permissions (virtio-fs mounts have `default_permissions`), so most operations run as the
-//! service. What creates an inode, and ACCESS, runs as the caller ([`identity`]), so that owner, group, mode and ACLs come
+//! service. What creates an inode, and ACCESS, runs as the caller (`identity`), so that owner, group, mode and ACLs come
 //! out as the host's kernel would make them.
 
 mod attr;
@@ -510,8 +510,7 @@ impl FsDev for Passthrough {
     }
 
     fn lseek(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_lseek_in) -> Result<u64, Errno> {
-        let file = self.handles.file(arg.fh, nodeid)?;
-        sys::seek(file.fd(), arg.offset, arg.whence)
+        self.do_lseek(nodeid, arg)
     }
 
     fn copy_file_range(
