@@ -177,6 +177,13 @@ impl App {
         let _ = receiver.wait_for(|linked| *linked == Some(true)).await;
     }
 
+    /// Waits until it is known that the data plane is not there.
+    #[cfg(test)]
+    pub(crate) async fn unlinked(&self) {
+        let mut receiver = self.linked.subscribe();
+        let _ = receiver.wait_for(|linked| *linked == Some(false)).await;
+    }
+
     /// Waits until the first attempt to reach the data plane has ended.
     pub async fn attempted(&self) {
         let mut receiver = self.linked.subscribe();

@@ -4,6 +4,7 @@
 //! ([`dataplane`]). Nothing here touches a guest or its files: killing this process never disturbs a request. The table of
 //! methods ([`rpc::table`]) and the command line made from it ([`rpc::cli`]) are also what `ferry rpc` is built on.
 
+pub mod access;
 pub mod app;
 pub mod config;
 pub mod dataplane;

@@ -7,6 +7,8 @@ use std::rc::Rc;
 
 use anyhow::Context;
 use clap::Parser;
+use ferry_controlplane::access;
+use ferry_controlplane::access::Rule;
 use ferry_controlplane::app::App;
 use ferry_controlplane::app::Phase;
 use ferry_controlplane::config;
@@ -15,6 +17,7 @@ use ferry_controlplane::dataplane;
 use ferry_controlplane::rpc::table::When;
 use ferry_controlplane::server::Endpoint;
 use ferry_controlplane::state::Store;
+use nix::unistd::Gid;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
 use tokio::task::LocalSet;
@@ -32,9 +35,16 @@ struct Options {
         default_value = "/var/tmp/spdk.sock"
     )]
     rpc_socket: PathBuf,
-    /// Mode of the RPC socket, octal
-    #[arg(long, value_name = "MODE", default_value = "600", value_parser = parse_mode)]
-    socket_mode: u32,
+    /// Mode of the RPC socket, octal [default: 600, with --socket-group 660]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    socket_mode: Option<u32>,
+    /// Group of the RPC socket, by name or number
+    #[arg(long, value_name = "GROUP", value_parser = access::parse_group)]
+    socket_group: Option<Gid>,
+    /// Methods that members of a group may call, as GROUP:METHOD,METHOD or GROUP:*; may be given several times. Once
+    /// there is one, root and the own user may call everything and others what is named for their groups
+    #[arg(long, value_name = "RULE")]
+    allow: Vec<Rule>,
     /// Directory of the data plane's sockets
     #[arg(long, value_name = "DIR", default_value = "/run/ferry")]
     run_dir: PathBuf,
@@ -126,7 +136,13 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         script,
     };
 
-    let endpoint = Endpoint::bind(&options.rpc_socket, options.socket_mode)?;
+    let default = if options.socket_group.is_some() {
+        0o660
+    } else {
+        0o600
+    };
+    let mode = options.socket_mode.unwrap_or(default);
+    let endpoint = Endpoint::bind(&options.rpc_socket, mode, options.socket_group)?;
     if let Some(dir) = &options.state_dir {
         restore(&app, dir, !options.no_autosave)?;
     }
@@ -140,7 +156,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         // The first request of a script finds the data plane if there is one.
         app.attempted().await;
         tracing::info!(socket = %options.rpc_socket.display(), "serving RPC");
-        endpoint.serve(Rc::clone(&app)).await.context("RPC socket")
+        let serving = endpoint.serve(Rc::clone(&app), &options.allow);
+        serving.await.context("RPC socket")
     };
     tokio::select! {
         never = dataplane::keep_connected(Rc::clone(&app), &options.run_dir) => match never {},

@@ -5,7 +5,10 @@ use std::io::BufReader;
 use std::io::Read;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Child;
@@ -491,4 +494,77 @@ fn a_change_that_cannot_be_kept_is_not_acknowledged() {
             .unwrap()
             .contains("DOCA")
     );
+}
+
+/// Set in the environment of a copy of this program that is to be a client.
+const CLIENT: &str = "FERRY_TEST_CLIENT_OF";
+
+/// Asks as another user: a copy of this very test program, which finds the socket in its environment.
+fn ask_as(directory: &Directory, uid: u32, gid: u32, request: &str) -> String {
+    let copy = directory.path("client");
+    if !copy.exists() {
+        std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
+        let open = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(&copy, open.clone()).unwrap();
+        std::fs::set_permissions(&directory.0, open).unwrap();
+    }
+    let output = Process::new(&copy)
+        .args(["--exact", "members_of_a_group_may_call_what_its_rule_names"])
+        .arg("--nocapture")
+        .env(CLIENT, directory.path("rpc.sock"))
+        .env("FERRY_TEST_REQUEST", request)
+        .current_dir("/")
+        .uid(uid)
+        .gid(gid)
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn members_of_a_group_may_call_what_its_rule_names() {
+    if let Some(socket) = std::env::var_os(CLIENT) {
+        match UnixStream::connect(socket) {
+            Err(error) => println!("no connection: {error}"),
+            Ok(mut stream) => {
+                let request = std::env::var("FERRY_TEST_REQUEST").unwrap();
+                stream.write_all(request.as_bytes()).unwrap();
+                let mut line = String::new();
+                BufReader::new(stream).read_line(&mut line).unwrap();
+                println!("{line}");
+            }
+        }
+        return;
+    }
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIP only root can be several users");
+        return;
+    }
+    let directory = Directory::new("groups");
+    let args = [
+        "--socket-group=54321",
+        "--socket-mode=660",
+        "--allow=54321:rpc_get_methods,spdk_get_version",
+        "--allow=54322:*",
+    ];
+    let mut controlplane = Controlplane::start(&directory, &args, None);
+    controlplane.says("serving RPC");
+    let socket = std::fs::metadata(directory.path("rpc.sock")).unwrap();
+    assert_eq!((socket.gid(), socket.mode() & 0o777), (54_321, 0o660));
+
+    let version = r#"{"id":1,"method":"spdk_get_version"}"#;
+    let devices = r#"{"id":1,"method":"virtio_fs_get_devices"}"#;
+    let unknown = r#"{"id":1,"method":"bogus"}"#;
+    let member = |request| ask_as(&directory, 12_345, 54_321, request);
+    assert!(member(version).contains("Ferry v"));
+    controlplane.says("uid=12345");
+    let refused = member(devices);
+    assert!(
+        refused.contains("\"code\":-13") && refused.contains("virtio_fs_get_devices"),
+        "{refused}"
+    );
+    assert!(member(unknown).contains("-32601"));
+    let stranger = ask_as(&directory, 12_345, 54_323, version);
+    assert!(stranger.contains("no connection"), "{stranger}");
+    assert!(ask(&directory, devices).contains("\"result\":[]"), "root");
 }

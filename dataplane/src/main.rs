@@ -170,10 +170,17 @@ fn serve(
     let mut ready = Vec::new();
     loop {
         service.drain_cores();
+        if control.take_ended() {
+            service.forget_caller();
+        }
         let commands = control.commands();
         let more = !commands.is_empty();
         for (seq, command) in commands {
             service.command(seq, command);
+        }
+        // These commands may have been the last of a connection that broke the rules behind them.
+        if control.take_ended() {
+            service.forget_caller();
         }
         control.send(service.take_answers(), service.take_events());
         if more {

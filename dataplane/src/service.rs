@@ -26,14 +26,25 @@ use crate::transport::Transport;
 /// The answer to a command: at once, or later under the same number.
 pub type Answer = (u64, Result<Reply, Failure>);
 
-/// What a device does next, once its queues are quiet.
+/// What a device does next, once its queues are quiet. The number of the command is lost with its control plane.
 enum Next {
     /// Report that it is paused.
-    Paused { seq: u64 },
+    Paused { seq: Option<u64> },
     /// Close it.
-    Close { seq: u64 },
+    Close { seq: Option<u64> },
     /// Close it and start it with another specification.
-    Reopen { seq: u64, spec: Box<DeviceSpec> },
+    Reopen {
+        seq: Option<u64>,
+        spec: Box<DeviceSpec>,
+    },
+}
+
+impl Next {
+    fn forget_seq(&mut self) {
+        match self {
+            Next::Paused { seq } | Next::Close { seq } | Next::Reopen { seq, .. } => *seq = None,
+        }
+    }
 }
 
 /// A started device.
@@ -112,6 +123,26 @@ impl Service {
         self.settle();
     }
 
+    fn answer(&mut self, seq: Option<u64>, result: Result<Reply, Failure>) {
+        match (seq, result) {
+            (Some(seq), result) => self.answers.push((seq, result)),
+            (None, Ok(_)) => {}
+            (None, Err(Failure { errno, detail })) => {
+                tracing::error!(%errno, detail, "a command failed after its control plane had gone");
+            }
+        }
+    }
+
+    /// The control plane has gone: what it asked for is still done, and answered to nobody. The next one counts its
+    /// commands from the beginning again.
+    pub fn forget_caller(&mut self) {
+        self.answers.clear();
+        self.events.clear();
+        for next in self.devices.iter_mut().filter_map(|d| d.next.as_mut()) {
+            next.forget_seq();
+        }
+    }
+
     /// Takes the answers that have become ready.
     pub fn take_answers(&mut self) -> Vec<Answer> {
         std::mem::take(&mut self.answers)
@@ -173,7 +204,7 @@ impl Service {
     /// Closes every device and ends the cores.
     pub fn shut_down(mut self) {
         for device in &mut self.devices {
-            device.next = Some(Next::Close { seq: 0 });
+            device.next = Some(Next::Close { seq: None });
             device.transport.begin_close(&mut self.cores);
         }
         // Requests on a file system that never answers cannot be waited for; the kernel ends them with the process.
@@ -205,14 +236,7 @@ impl Service {
             .describe_functions(&self.run_dir)
             .map(Item::Function);
         let fsdevs = self.fsdevs.values().cloned().map(Item::Fsdev);
-        let devices = self.devices.iter().map(|d| {
-            Item::Device(DeviceSnapshot {
-                spec: d.spec.clone(),
-                paused: d.paused,
-                connected: d.connected,
-                mounted: d.shared.session.mounted(),
-            })
-        });
+        let devices = self.devices.iter().filter_map(describe).map(Item::Device);
         let all = std::iter::once(service)
             .chain(managers)
             .chain(functions)
@@ -281,7 +305,7 @@ impl Service {
         }
         device.transport.begin_close(&mut self.cores);
         device.next = Some(Next::Reopen {
-            seq,
+            seq: Some(seq),
             spec: Box::new(spec),
         });
         Ok(None)
@@ -381,7 +405,7 @@ impl Service {
         if device.paused {
             return refuse(Errno::EALREADY, format!("device {name} is stopped already"));
         }
-        device.next = Some(Next::Paused { seq });
+        device.next = Some(Next::Paused { seq: Some(seq) });
         let index = self.devices.iter().position(|d| d.spec.name == name);
         if let Some(device) = index.and_then(|i| self.devices.get_mut(i)) {
             device.paused = true;
@@ -399,7 +423,7 @@ impl Service {
                 format!("device {name} is running; stop it first"),
             );
         }
-        device.next = Some(Next::Close { seq });
+        device.next = Some(Next::Close { seq: Some(seq) });
         let index = self.devices.iter().position(|d| d.spec.name == name);
         if let Some(device) = index.and_then(|i| self.devices.get_mut(i)) {
             device.transport.begin_close(&mut self.cores);
@@ -436,15 +460,15 @@ impl Service {
                 break;
             };
             match next {
-                Next::Paused { seq } => self.answers.push((seq, Ok(Reply::Done))),
+                Next::Paused { seq } => self.answer(seq, Ok(Reply::Done)),
                 Next::Close { seq } => {
                     self.close(at);
-                    self.answers.push((seq, Ok(Reply::Done)));
+                    self.answer(seq, Ok(Reply::Done));
                 }
                 Next::Reopen { seq, spec } => {
                     self.close(at);
                     let opened = self.open(*spec).map(|()| Reply::Done);
-                    self.answers.push((seq, opened));
+                    self.answer(seq, opened);
                 }
             }
         }
@@ -459,6 +483,21 @@ impl Service {
         self.cores.detach(device.id);
         tracing::info!(device = device.spec.name, "closed");
     }
+}
+
+/// A device as it will be once what it does has been done; a new control plane cannot wait for a slow file system.
+fn describe(device: &Device) -> Option<DeviceSnapshot> {
+    let (spec, paused) = match &device.next {
+        None | Some(Next::Paused { .. }) => (&device.spec, device.paused),
+        Some(Next::Reopen { spec, .. }) => (&**spec, false),
+        Some(Next::Close { .. }) => return None,
+    };
+    Some(DeviceSnapshot {
+        spec: spec.clone(),
+        paused,
+        connected: device.connected,
+        mounted: device.shared.session.mounted(),
+    })
 }
 
 impl Device {

@@ -1,5 +1,4 @@
 use std::io::ErrorKind;
-use std::os::unix::fs::PermissionsExt;
 
 use serde_json::Value;
 use tokio::io::AsyncBufReadExt;
@@ -50,7 +49,7 @@ fn with_app<T>(
 ) -> T {
     let dir = test_dir(name);
     let path = dir.join("rpc.sock");
-    let endpoint = Endpoint::bind(&path, 0o600).unwrap();
+    let endpoint = Endpoint::bind(&path, 0o600, None).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -61,7 +60,7 @@ fn with_app<T>(
             .await
             .unwrap();
         tokio::select! {
-            served = endpoint.serve(Rc::clone(&app)) => panic!("{served:?}"),
+            served = endpoint.serve(Rc::clone(&app), &[]) => panic!("{served:?}"),
             result = work(Rc::clone(&app), link, &path) => result,
         }
     })
@@ -337,11 +336,11 @@ fn refusals_of_the_data_plane_reach_the_client_with_the_codes_of_their_methods()
 fn a_socket_in_use_is_refused_and_a_stale_one_is_replaced() {
     let dir = test_dir("socket");
     let path = dir.join("rpc.sock");
-    let first = Endpoint::bind(&path, 0o640).unwrap();
+    let first = Endpoint::bind(&path, 0o640, None).unwrap();
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&path), 0o640);
     assert_eq!(mode(&dir.join("rpc.sock.lock")), 0o600);
-    let refused = Endpoint::bind(&path, 0o600).unwrap_err();
+    let refused = Endpoint::bind(&path, 0o600, None).unwrap_err();
     assert!(matches!(refused, BindError::Locked(..)), "{refused}");
     assert!(
         refused.to_string().contains(path.to_str().unwrap()),
@@ -352,15 +351,15 @@ fn a_socket_in_use_is_refused_and_a_stale_one_is_replaced() {
 
     // Left behind by a process that was killed.
     drop(StdListener::bind(&path).unwrap());
-    drop(Endpoint::bind(&path, 0o600).unwrap());
+    drop(Endpoint::bind(&path, 0o600, None).unwrap());
 
     let foreign = StdListener::bind(&path).unwrap();
-    let refused = Endpoint::bind(&path, 0o600).unwrap_err();
+    let refused = Endpoint::bind(&path, 0o600, None).unwrap_err();
     assert!(matches!(refused, BindError::InUse(_)), "{refused}");
     drop(foreign);
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "precious").unwrap();
-    let refused = Endpoint::bind(&path, 0o600).unwrap_err();
+    let refused = Endpoint::bind(&path, 0o600, None).unwrap_err();
     assert!(matches!(refused, BindError::NotASocket(_)), "{refused}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
 }
