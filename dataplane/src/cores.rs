@@ -1,4 +1,4 @@
-//! The cores: pinned threads that run a [`Reactor`] each, their helper threads, and the management thread's handle on them.
+//! The cores: pinned threads that run a [`crate::reactor::Reactor`] each, their helper threads, and the management thread's handle on them.
 //!
 //! The management thread talks to a core through its mailbox and hears from it through [`CoreSet::take_event`]. A core
 //! never waits for the management thread, and the other way round.
