@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use ferry_dataplane::fsdev::passthrough::{Capacity, Passthrough};
-use ferry_dataplane::fsdev::{Caller, FsDev as _};
+use ferry_dataplane::fsdev::{Caller, FsDev as _, Negotiated};
 use ferry_dataplane::fuse::abi::{FUSE_ROOT_ID, fuse_open_in, fuse_release_in};
 use ferry_shared::errno::Errno;
 use ferry_shared::msg::{AioSpec, Placement};
@@ -44,6 +44,12 @@ fn descriptors_run_out_only_when_every_one_is_an_open_file() {
         ..Default::default()
     };
     let fs = Passthrough::with_capacity(&spec, capacity).unwrap();
+    let granted = Negotiated {
+        minor: 45,
+        flags: 0,
+        max_write: 4096,
+    };
+    fs.mount(granted).unwrap();
     let root = Caller {
         unique: 1,
         uid: 0,

@@ -369,6 +369,11 @@ impl<'a, R: Record> Pinned<'a, R> {
         self.id
     }
 
+    /// Its index, which no other live record has.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
     /// The record.
     pub fn record(&self) -> &'a R {
         &self.slot.record

@@ -98,9 +98,14 @@ impl Worker {
     ) -> Result<Worker, WorkerError> {
         let doing = "make a worker's epoll";
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(kernel(doing))?;
-        for (fd, event) in [(queue.call_fd(), EVENT_CALL), (wake.as_fd(), EVENT_WAKE)] {
+        // Each interrupt is one event, so the counter need not be read.
+        let call = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        for (fd, flags, event) in [
+            (queue.call_fd(), call, EVENT_CALL),
+            (wake.as_fd(), EpollFlags::EPOLLIN, EVENT_WAKE),
+        ] {
             epoll
-                .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, event))
+                .add(fd, EpollEvent::new(flags, event))
                 .map_err(kernel(doing))?;
         }
         let spin = Spin::new(shared.spin);
@@ -121,10 +126,10 @@ impl Worker {
     /// Works until the kernel ends the connection, or until it is told to stop and woken.
     pub(super) fn run(&mut self) -> Result<(), WorkerError> {
         while !self.ended && !self.shared.stop.load(Ordering::Acquire) {
-            let replied = self.reply_all()?;
-            let taken = self.take_requests()?;
+            self.reply_all()?;
+            let all_taken = self.take_requests()?;
             self.queue.kick()?;
-            if !replied && !taken && !self.ended {
+            if all_taken && !self.ended {
                 self.wait()?;
             }
         }
@@ -191,32 +196,29 @@ impl Worker {
         }
     }
 
-    /// Reads what the kernel asks for and submits it; true if there was anything.
+    /// Reads what the kernel asks for and submits it; true if no more can be taken now.
     fn take_requests(&mut self) -> Result<bool, WorkerError> {
         if let Some(parked) = self.parked.take()
             && !self.forward_hiprio(parked)?
         {
-            return Ok(false);
+            return Ok(true);
         }
-        for n in 0..BATCH {
+        for _ in 0..BATCH {
             if self.parked.is_some() {
                 return Ok(true);
             }
             let Some(slot) = self.slots.take() else {
-                return Ok(n > 0);
+                return Ok(true);
             };
-            let len = match self.read(slot)? {
-                Some(len) => len,
-                None => {
-                    self.slots.give(slot);
-                    return Ok(n > 0);
-                }
+            let Some(len) = self.read(slot)? else {
+                self.slots.give(slot);
+                return Ok(true);
             };
             self.forward(slot, len)?;
             // The device may see it while the next one is read; it is kicked at the end.
             self.queue.publish();
         }
-        Ok(true)
+        Ok(false)
     }
 
     /// Reads one request into a slot; `None`: there is none now.
@@ -339,10 +341,7 @@ impl Worker {
         self.queue.disable_interrupts();
         for event in &events[..found] {
             match event.data() {
-                EVENT_CALL => {
-                    self.queue.drain_interrupts();
-                    self.spin.slept(started.elapsed());
-                }
+                EVENT_CALL => self.spin.slept(started.elapsed()),
                 EVENT_WAKE => self.wake.drain(),
                 _ => {}
             }

@@ -138,7 +138,7 @@ impl Passthrough {
         flags: u32,
         open_flags: u32,
     ) -> Result<fuse_open_out, Errno> {
-        let session = self.session();
+        let session = self.session()?;
         let node = self.inodes.get(nodeid)?;
         expect_regular(node.kind())?;
         let fd = self.open_regular(node.fd(), flags, open_flags)?;
@@ -152,7 +152,7 @@ impl Passthrough {
         name: &CStr,
         arg: &fuse_create_in,
     ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
-        let session = self.session();
+        let session = self.session()?;
         let dir = self.inodes.get(nodeid)?;
         dir.expect_dir()?;
         let flags = self.host_flags(arg.flags as i32)? | libc::O_CREAT | libc::O_EXCL;
@@ -229,7 +229,7 @@ impl Passthrough {
         nodeid: u64,
         arg: &fuse_create_in,
     ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
-        let session = self.session();
+        let session = self.session()?;
         let dir = self.inodes.get(nodeid)?;
         dir.expect_dir()?;
         let guest = arg.flags as i32;
@@ -326,6 +326,9 @@ impl Passthrough {
         let file = self.handles.file(arg.fh, nodeid)?;
         if arg.release_flags & FUSE_RELEASE_FLUSH != 0 {
             self.locks.drop_owner(nodeid, arg.lock_owner);
+        }
+        if file.handle().has(handle::LOCKED) {
+            self.locks.drop_handle(nodeid, arg.fh);
         }
         if arg.release_flags & FUSE_RELEASE_FLOCK_UNLOCK != 0 && file.handle().has(handle::FLOCKED)
         {
@@ -440,7 +443,7 @@ impl Passthrough {
     }
 
     pub(super) fn do_setlk(&self, nodeid: u64, arg: &fuse_lk_in) -> Result<(), Errno> {
-        let session = self.session();
+        let session = self.session()?;
         let file = self.handles.any(arg.fh, nodeid)?;
         let wanted = lock::to_range(&arg.lk)?;
         if arg.lk_flags & FUSE_LK_FLOCK != 0 {
@@ -462,10 +465,13 @@ impl Passthrough {
                 opened => opened,
             }
         };
-        self.locks
-            .set(nodeid, arg.owner, arg.lk.pid, wanted, open)?;
+        if wanted.kind != libc::F_UNLCK {
+            file.handle().set(handle::LOCKED);
+        }
+        self.locks.set(nodeid, arg, wanted, open)?;
         if self.has_ended(session) {
             self.locks.drop_owner(nodeid, arg.owner);
+            return Err(Errno::ENOTCONN);
         }
         Ok(())
     }
