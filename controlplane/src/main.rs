@@ -17,11 +17,11 @@ use ferry_controlplane::dataplane;
 use ferry_controlplane::rpc::table::When;
 use ferry_controlplane::server::Endpoint;
 use ferry_controlplane::state::Store;
+use ferry_shared::logging;
 use nix::unistd::Gid;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
 use tokio::task::LocalSet;
-use tracing_subscriber::EnvFilter;
 
 /// The unprivileged half of Ferry: serves RPC, keeps the configuration and directs the data plane.
 #[derive(Parser)]
@@ -86,11 +86,7 @@ fn parse_mode(text: &str) -> Result<u32, String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
+    logging::init("RUST_LOG");
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

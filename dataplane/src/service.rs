@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_QUEUES_PER_SERVICE, NAME_LEN};
+use ferry_shared::logging;
 use ferry_shared::msg::{
     Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevSpec, Item, Reply,
     Service as Facts,
@@ -120,6 +121,7 @@ impl Service {
             Command::DeviceStart(spec) => self.device_start(seq, spec),
             Command::DeviceStop { name } => self.device_stop(seq, &name),
             Command::DeviceDestroy { name } => self.device_destroy(seq, &name),
+            Command::SetLog(spec) => logging::set(&spec).map(|()| Some(Reply::Done)),
         };
         match result {
             Ok(Some(reply)) => self.answers.push((seq, Ok(reply))),
