@@ -10,6 +10,7 @@ use core::cell::RefMut;
 use std::rc::Rc;
 
 use ferry_shared::errno::Errno;
+use ferry_shared::logging;
 use ferry_shared::msg::Command;
 use ferry_shared::msg::Event;
 use ferry_shared::msg::Failure;
@@ -22,6 +23,8 @@ use tokio::sync::watch;
 use crate::dataplane::Link;
 use crate::model::Model;
 use crate::model::Step;
+use crate::rpc::LogSettings;
+use crate::rpc::Notifications;
 use crate::rpc::RpcError;
 use crate::rpc::decode;
 use crate::rpc::decode::Params;
@@ -29,6 +32,9 @@ use crate::rpc::table;
 use crate::rpc::table::Handler;
 use crate::rpc::table::Method;
 use crate::rpc::table::When;
+use crate::state::StateError;
+use crate::state::StateV1;
+use crate::state::Store;
 
 /// A part of the service that can be disabled before the start.
 pub struct Subsystem {
@@ -75,6 +81,12 @@ pub struct App {
     phase: watch::Sender<Phase>,
     disabled: RefCell<Vec<&'static str>>,
     allowed: Option<Vec<String>>,
+    /// Where the state is kept, if it is.
+    store: RefCell<Option<Store>>,
+    /// Whether the model may differ from what is kept.
+    dirty: Cell<bool>,
+    log: RefCell<LogSettings>,
+    notifications: RefCell<Notifications>,
 }
 
 impl App {
@@ -89,6 +101,48 @@ impl App {
             phase: watch::Sender::new(Phase::Startup),
             disabled: RefCell::default(),
             allowed,
+            store: RefCell::default(),
+            dirty: Cell::new(false),
+            log: RefCell::default(),
+            notifications: RefCell::default(),
+        })
+    }
+
+    /// Begins with what was kept.
+    pub fn restore(&self, state: StateV1) -> Result<(), Failure> {
+        *self.model_mut() = Model::restore(state)?;
+        Ok(())
+    }
+
+    /// From now on every accepted change is kept before it is acknowledged.
+    pub fn keep_in(&self, store: Store) {
+        *self.store.borrow_mut() = Some(store);
+    }
+
+    /// Keeps what has changed. Without a store there is nothing to do.
+    pub fn keep(&self) -> Result<(), StateError> {
+        if !self.dirty.get() {
+            return Ok(());
+        }
+        if let Some(store) = self.store.borrow_mut().as_mut() {
+            store.save(&self.model().stored())?;
+        }
+        self.dirty.set(false);
+        Ok(())
+    }
+
+    /// Keeps what a request has changed. If that fails, success becomes a failure: nothing may be acknowledged that a
+    /// restart would forget.
+    fn kept(&self, answer: Result<Value, RpcError>) -> Result<Value, RpcError> {
+        let Err(error) = self.keep() else {
+            return answer;
+        };
+        tracing::error!(%error, "the state is not kept");
+        answer.and_then(|_| {
+            let detail = format!(
+                "the change is in effect and would be lost in a restart: {error}; then repeat any request that changes something"
+            );
+            Err(Failure::new(Errno::EIO, detail).into())
         })
     }
 
@@ -99,6 +153,7 @@ impl App {
 
     /// The model, to change.
     pub fn model_mut(&self) -> RefMut<'_, Model> {
+        self.dirty.set(true);
         self.model.borrow_mut()
     }
 
@@ -127,6 +182,13 @@ impl App {
     pub async fn linked(&self) {
         let mut receiver = self.linked.subscribe();
         let _ = receiver.wait_for(|linked| *linked == Some(true)).await;
+    }
+
+    /// Waits until it is known that the data plane is not there.
+    #[cfg(test)]
+    pub(crate) async fn unlinked(&self) {
+        let mut receiver = self.linked.subscribe();
+        let _ = receiver.wait_for(|linked| *linked == Some(false)).await;
     }
 
     /// Waits until the first attempt to reach the data plane has ended.
@@ -203,9 +265,16 @@ impl App {
             self.link()?;
         }
         match method.handler {
-            Handler::Now(answer) => answer(self, &args),
+            Handler::Now(answer) => {
+                let answer = answer(self, &args);
+                self.kept(answer)
+            }
             Handler::Later(answer) | Handler::Detached(answer) => {
-                let work = tokio::task::spawn_local(answer(Rc::clone(self), args));
+                let app = Rc::clone(self);
+                let work = tokio::task::spawn_local(async move {
+                    let answer = answer(Rc::clone(&app), args).await;
+                    app.kept(answer)
+                });
                 work.await.unwrap_or_else(|error| {
                     tracing::error!(method = method.name, %error, "the handler of a method has failed");
                     Err(RpcError::new(RpcError::INTERNAL_ERROR, format!("Internal error: {name} has failed")))
@@ -247,12 +316,52 @@ impl App {
         link.call(command).await
     }
 
+    /// What is logged.
+    pub fn log_settings(&self) -> LogSettings {
+        self.log.borrow().clone()
+    }
+
+    /// Has both processes log as told; a data plane that is not there is told when it comes.
+    pub async fn set_log(&self, settings: LogSettings) -> Result<(), Failure> {
+        let spec = settings.spec();
+        let link = self.link.borrow().clone();
+        if let Ok(link) = link {
+            link.call(Command::SetLog(spec.clone())).await?;
+        }
+        logging::set(&spec)?;
+        *self.log.borrow_mut() = settings;
+        Ok(())
+    }
+
+    /// What has happened.
+    pub fn notifications(&self) -> Ref<'_, Notifications> {
+        self.notifications.borrow()
+    }
+
+    fn notify(&self, kind: &'static str, about: &str) {
+        self.notifications.borrow_mut().push(kind, about);
+    }
+
+    fn notify_of(&self, command: &Command) {
+        match command {
+            Command::FsdevCreate(spec) => self.notify("fsdev_register", &spec.name),
+            Command::FsdevDelete { name } => self.notify("fsdev_unregister", name),
+            Command::DeviceStart(spec) => self.notify("virtio_fs_device_start", &spec.name),
+            Command::DeviceStop { name } => self.notify("virtio_fs_device_stop", name),
+            Command::DeviceDestroy { name } => self.notify("virtio_fs_device_destroy", name),
+            Command::Snapshot { .. } | Command::SetLog(_) => {}
+        }
+    }
+
     /// Sends what a step needs to the data plane and records the outcome.
     pub async fn carry_out(&self, step: Step) -> Result<(), Failure> {
         let Step::Send(ticket) = step else {
             return Ok(());
         };
         let outcome = self.send(ticket.command.clone()).await;
+        if outcome.is_ok() {
+            self.notify_of(&ticket.command);
+        }
         self.model_mut().finish(*ticket, outcome.is_ok());
         outcome.map(drop)
     }
@@ -273,11 +382,15 @@ impl App {
                 "took over what the data plane has"
             );
         }
+        for Failure { errno, detail } in adopted.impossible {
+            tracing::error!(%errno, detail, "cannot issue again what the data plane lacks");
+        }
         for ticket in adopted.missing {
             let outcome = link.call(ticket.command.clone()).await;
             match &outcome {
                 Ok(_) => {
-                    tracing::info!(command = ?ticket.command, "issued again what the data plane lacked")
+                    self.notify_of(&ticket.command);
+                    tracing::info!(command = ?ticket.command, "issued again what the data plane lacked");
                 }
                 Err(Failure { errno, detail }) => {
                     tracing::error!(command = ?ticket.command, %errno, detail, "cannot issue again what the data plane lacks");
@@ -285,6 +398,14 @@ impl App {
             }
             self.model_mut().finish_missing(ticket, outcome.is_ok());
         }
+        if let Err(error) = self.keep() {
+            tracing::error!(%error, "the state is not kept");
+        }
+        let settings = self.log_settings();
+        if settings != LogSettings::default() {
+            link.call(Command::SetLog(settings.spec())).await?;
+        }
+        self.notify("dataplane_connect", &self.model().platform().run_dir);
         *self.link.borrow_mut() = Ok(link);
         self.linked.send_replace(Some(true));
         Ok(())
@@ -293,7 +414,26 @@ impl App {
     /// Takes a report of the data plane.
     pub fn event(&self, event: Event) {
         tracing::debug!(?event, "data plane");
-        self.model_mut().event(event);
+        match &event {
+            Event::Connected { device, connected } => {
+                let kind = if *connected {
+                    "virtio_fs_connect"
+                } else {
+                    "virtio_fs_disconnect"
+                };
+                self.notify(kind, device);
+            }
+            Event::Mounted { device, mounted } => {
+                let kind = if *mounted {
+                    "virtio_fs_mount"
+                } else {
+                    "virtio_fs_umount"
+                };
+                self.notify(kind, device);
+            }
+        }
+        // None of it is kept, so this leaves `dirty` alone.
+        self.model.borrow_mut().event(event);
     }
 }
 

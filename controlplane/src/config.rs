@@ -233,6 +233,7 @@ fn is_already_there(method: &str, error: &RpcError) -> bool {
             method,
             "virtio_fs_device_modify" | "virtio_fs_doca_device_modify"
         ),
+        Some(Errno::ENODEV) => method == "virtio_fs_doca_manager_destroy",
         _ => false,
     }
 }

@@ -1,11 +1,14 @@
 //! The control plane process.
 
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
 
 use anyhow::Context;
 use clap::Parser;
+use ferry_controlplane::access;
+use ferry_controlplane::access::Rule;
 use ferry_controlplane::app::App;
 use ferry_controlplane::app::Phase;
 use ferry_controlplane::config;
@@ -13,10 +16,12 @@ use ferry_controlplane::config::Entry;
 use ferry_controlplane::dataplane;
 use ferry_controlplane::rpc::table::When;
 use ferry_controlplane::server::Endpoint;
+use ferry_controlplane::state::Store;
+use ferry_shared::logging;
+use nix::unistd::Gid;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
 use tokio::task::LocalSet;
-use tracing_subscriber::EnvFilter;
 
 /// The unprivileged half of Ferry: serves RPC, keeps the configuration and directs the data plane.
 #[derive(Parser)]
@@ -30,12 +35,25 @@ struct Options {
         default_value = "/var/tmp/spdk.sock"
     )]
     rpc_socket: PathBuf,
-    /// Mode of the RPC socket, octal
-    #[arg(long, value_name = "MODE", default_value = "600", value_parser = parse_mode)]
-    socket_mode: u32,
+    /// Mode of the RPC socket, octal [default: 600, with --socket-group 660]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    socket_mode: Option<u32>,
+    /// Group of the RPC socket, by name or number
+    #[arg(long, value_name = "GROUP", value_parser = access::parse_group)]
+    socket_group: Option<Gid>,
+    /// Methods that members of a group may call, as GROUP:METHOD,METHOD or GROUP:*; may be given several times. Once
+    /// there is one, root and the own user may call everything and others what is named for their groups
+    #[arg(long, value_name = "RULE")]
+    allow: Vec<Rule>,
     /// Directory of the data plane's sockets
     #[arg(long, value_name = "DIR", default_value = "/run/ferry")]
     run_dir: PathBuf,
+    /// Directory in which what the operator asks for is kept across restarts
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Start from the state directory, and keep nothing new there
+    #[arg(long, requires = "state_dir")]
+    no_autosave: bool,
     /// Saved configuration to apply
     #[arg(
         short = 'c',
@@ -68,11 +86,7 @@ fn parse_mode(text: &str) -> Result<u32, String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
+    logging::init("RUST_LOG");
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -118,7 +132,16 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         script,
     };
 
-    let endpoint = Endpoint::bind(&options.rpc_socket, options.socket_mode)?;
+    let default = if options.socket_group.is_some() {
+        0o660
+    } else {
+        0o600
+    };
+    let mode = options.socket_mode.unwrap_or(default);
+    let endpoint = Endpoint::bind(&options.rpc_socket, mode, options.socket_group)?;
+    if let Some(dir) = &options.state_dir {
+        restore(&app, dir, !options.no_autosave)?;
+    }
     let before = |when| when != When::Runtime;
     config::apply(&app, &initial.entries, before, initial.ignore_errors).await?;
     if !options.wait_for_rpc {
@@ -129,7 +152,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         // The first request of a script finds the data plane if there is one.
         app.attempted().await;
         tracing::info!(socket = %options.rpc_socket.display(), "serving RPC");
-        endpoint.serve(Rc::clone(&app)).await.context("RPC socket")
+        let serving = endpoint.serve(Rc::clone(&app), &options.allow);
+        serving.await.context("RPC socket")
     };
     tokio::select! {
         never = dataplane::keep_connected(Rc::clone(&app), &options.run_dir) => match never {},
@@ -140,6 +164,25 @@ async fn serve(options: Options) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+/// Takes over the state of an earlier run.
+fn restore(app: &Rc<App>, dir: &Path, autosave: bool) -> anyhow::Result<()> {
+    let (store, state) = Store::open(dir)?;
+    if let Some(state) = state {
+        tracing::info!(
+            state_dir = %dir.display(),
+            fsdevs = state.fsdevs.len(),
+            devices = state.devices.len(),
+            "state of an earlier run"
+        );
+        app.restore(state)
+            .map_err(|failure| store.senseless(failure.detail))?;
+    }
+    if autosave {
+        app.keep_in(store);
+    }
+    Ok(())
 }
 
 /// Applies the initial configuration once the data plane is there; returns only if that fails.

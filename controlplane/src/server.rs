@@ -6,9 +6,11 @@
 use core::time::Duration;
 use std::fs::File;
 use std::fs::OpenOptions;
+use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener as StdListener;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
@@ -16,11 +18,16 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use ferry_shared::errno::Errno as FailureCode;
+use ferry_shared::msg::Failure;
 use nix::errno::Errno;
 use nix::fcntl::Flock;
 use nix::fcntl::FlockArg;
 use nix::sys::stat::Mode;
 use nix::sys::stat::umask;
+use nix::unistd::Gid;
+use nix::unistd::Uid;
+use nix::unistd::chown;
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixListener;
@@ -31,10 +38,15 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::access;
+use crate::access::Grant;
+use crate::access::Peer;
+use crate::access::Rule;
 use crate::app::App;
 use crate::framing;
 use crate::framing::Framer;
 use crate::framing::Request;
+use crate::rpc::RpcError;
 use crate::rpc::table::Handler;
 
 /// Connections at a time; further ones wait.
@@ -55,6 +67,17 @@ pub enum BindError {
     /// The path is something else.
     #[error("RPC socket path {} exists and is not a socket; choose another one with -r", .0.display())]
     NotASocket(PathBuf),
+    /// The socket cannot be given to its group.
+    #[error("cannot give RPC socket {} to group {group}: {error}; make the user of the control plane a member of that \
+             group, or choose another one with --socket-group", .path.display())]
+    Group {
+        /// The socket.
+        path: PathBuf,
+        /// The group.
+        group: Gid,
+        /// The answer of the operating system.
+        error: io::Error,
+    },
     /// The operating system refuses.
     #[error("cannot {what} {}: {error}; choose another socket with -r or change the directory's owner or mode", .path.display())]
     Os {
@@ -77,17 +100,21 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Takes the lock, removes a stale socket and listens. The socket gets `mode`.
-    pub fn bind(path: &Path, mode: u32) -> Result<Endpoint, BindError> {
+    /// Takes the lock, removes a stale socket and listens. The socket gets `mode`, and `group` if one is given.
+    pub fn bind(path: &Path, mode: u32, group: Option<Gid>) -> Result<Endpoint, BindError> {
         let mut lock_path = path.as_os_str().to_owned();
         lock_path.push(".lock");
         let lock_path = PathBuf::from(lock_path);
         let lock = take_lock(path, &lock_path)?;
         remove_stale(path)?;
-        // The socket has its mode from the beginning, not a moment later.
-        let old = umask(Mode::from_bits_truncate(!mode & 0o777));
+        // The socket has its mode from the beginning, not a moment later; with another group, the group's part follows.
+        let first = if group.is_some() { mode & 0o700 } else { mode };
+        let old = umask(Mode::from_bits_truncate(!first & 0o777));
         let bound = StdListener::bind(path);
         umask(old);
+        if let Some(group) = group {
+            give_to(path, group, mode)?;
+        }
         let listener = bound
             .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
             .map_err(|error| BindError::Os {
@@ -103,8 +130,8 @@ impl Endpoint {
         })
     }
 
-    /// Serves connections; never returns unless the listener breaks.
-    pub async fn serve(&self, app: Rc<App>) -> io::Result<()> {
+    /// Serves connections, to each what the rules grant to its peer; never returns unless the listener breaks.
+    pub async fn serve(&self, app: Rc<App>, rules: &[Rule]) -> io::Result<()> {
         let listener = UnixListener::from_std(self.listener.try_clone()?)?;
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut retry = tokio::time::interval(Duration::from_millis(100));
@@ -114,9 +141,16 @@ impl Endpoint {
                 return Ok(());
             };
             match listener.accept().await {
-                Ok((stream, _)) => {
-                    tokio::task::spawn_local(serve_connection(Rc::clone(&app), stream, slot));
-                }
+                Ok((stream, _)) => match welcome(&stream, rules) {
+                    Ok(client) => {
+                        let client = Rc::new(client);
+                        let serving = serve_connection(Rc::clone(&app), client, stream, slot);
+                        tokio::task::spawn_local(serving);
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "an RPC client whose credentials are not known is sent away");
+                    }
+                },
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept an RPC connection");
                     retry.reset();
@@ -135,6 +169,21 @@ impl Drop for Endpoint {
             }
         }
     }
+}
+
+/// Gives the socket to a group, and then the mode that lets the group in.
+fn give_to(path: &Path, group: Gid, mode: u32) -> Result<(), BindError> {
+    let failed = |error: io::Error| {
+        // A socket that the wrong clients reach is worse than none.
+        let _ = std::fs::remove_file(path);
+        BindError::Group {
+            path: path.to_owned(),
+            group,
+            error,
+        }
+    };
+    chown(path, None, Some(group)).map_err(|errno| failed(errno.into()))?;
+    std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed)
 }
 
 fn take_lock(path: &Path, lock_path: &Path) -> Result<Flock<File>, BindError> {
@@ -179,14 +228,37 @@ fn remove_stale(path: &Path) -> Result<(), BindError> {
 
 type Writer = Rc<Mutex<OwnedWriteHalf>>;
 
-async fn serve_connection(app: Rc<App>, stream: UnixStream, slot: OwnedSemaphorePermit) {
-    if let Err(error) = converse(app, stream).await {
+/// Who is at the other end of a connection, and what it may call.
+struct Client {
+    peer: Peer,
+    grant: Grant,
+}
+
+fn welcome(stream: &UnixStream, rules: &[Rule]) -> io::Result<Client> {
+    let credentials = stream.peer_cred()?;
+    let peer = Peer {
+        pid: credentials.pid(),
+        uid: Uid::from_raw(credentials.uid()),
+        gid: Gid::from_raw(credentials.gid()),
+    };
+    let grant = access::grant(rules, &peer);
+    tracing::info!(pid = peer.pid, uid = %peer.uid, gid = %peer.gid, "RPC client");
+    Ok(Client { peer, grant })
+}
+
+async fn serve_connection(
+    app: Rc<App>,
+    client: Rc<Client>,
+    stream: UnixStream,
+    slot: OwnedSemaphorePermit,
+) {
+    if let Err(error) = converse(app, client, stream).await {
         tracing::debug!(%error, "RPC connection has ended");
     }
     drop(slot);
 }
 
-async fn converse(app: Rc<App>, stream: UnixStream) -> io::Result<()> {
+async fn converse(app: Rc<App>, client: Rc<Client>, stream: UnixStream) -> io::Result<()> {
     let (mut reader, writer) = stream.into_split();
     let writer: Writer = Rc::new(Mutex::new(writer));
     let mut framer = Framer::default();
@@ -204,9 +276,18 @@ async fn converse(app: Rc<App>, stream: UnixStream) -> io::Result<()> {
                     if detached.len() >= MAX_DETACHED {
                         detached.join_next().await;
                     }
-                    detached.spawn_local(answer(Rc::clone(&app), Rc::clone(&writer), request));
+                    let answering = answer(
+                        Rc::clone(&app),
+                        Rc::clone(&client),
+                        Rc::clone(&writer),
+                        request,
+                    );
+                    detached.spawn_local(answering);
                 }
-                Ok(request) => answer(Rc::clone(&app), Rc::clone(&writer), request).await?,
+                Ok(request) => {
+                    let (app, client) = (Rc::clone(&app), Rc::clone(&client));
+                    answer(app, client, Rc::clone(&writer), request).await?;
+                }
                 Err(rejection) => {
                     let fatal = rejection.fatal;
                     tracing::debug!(error = rejection.error.message, "malformed RPC request");
@@ -229,8 +310,30 @@ fn is_detached(app: &App, request: &Request) -> bool {
         .is_ok_and(|method| matches!(method.handler, Handler::Detached(_)))
 }
 
-async fn answer(app: Rc<App>, writer: Writer, request: Request) -> io::Result<()> {
-    let outcome = app.call(&request.method, &request.params).await;
+/// Refuses a method that exists and is not granted to this client.
+fn check_grant(app: &App, client: &Client, name: &str) -> Result<(), RpcError> {
+    match app.find(name) {
+        Ok(method) if !client.grant.includes(method.name) => {
+            let Client { peer, .. } = client;
+            let detail = format!(
+                "{peer} may not call {name}; the rules of --allow name no group of that user with this method"
+            );
+            Err(Failure::new(FailureCode::EACCES, detail).into())
+        }
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+async fn answer(
+    app: Rc<App>,
+    client: Rc<Client>,
+    writer: Writer,
+    request: Request,
+) -> io::Result<()> {
+    let outcome = match check_grant(&app, &client, &request.method) {
+        Ok(()) => app.call(&request.method, &request.params).await,
+        Err(refusal) => Err(refusal),
+    };
     match &outcome {
         Ok(_) => tracing::debug!(method = request.method, "done"),
         Err(error) => tracing::info!(

@@ -5,7 +5,10 @@ use std::io::BufReader;
 use std::io::Read;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Child;
@@ -368,4 +371,200 @@ fn receive(channel: &mut Channel) -> Result<Option<ToDataplane>, ferry_shared::r
             }
         }
     }
+}
+
+/// A control plane that keeps its state, and the first `last` commands that a data plane gets from it.
+fn start_with_state(
+    directory: &Directory,
+    more: &[&str],
+    last: usize,
+) -> (Controlplane, Channel, Vec<Command>) {
+    let state = directory.path("state");
+    let mut args = vec!["--state-dir", state.to_str().unwrap()];
+    args.extend(more);
+    let mut listener = Listener::bind(&directory.path("run"), None).unwrap();
+    let controlplane = Controlplane::start(directory, &args, None);
+    let mut channel = accept(&mut listener);
+    let commands = agree(&mut channel, last);
+    (controlplane, channel, commands)
+}
+
+const BRING_UP: &str = r#"{"subsystems":[{"subsystem":"virtio_fs","config":[
+    {"method":"fsdev_aio_create","params":{"name":"aio0","root_path":"/srv","enable_xattr":true}},
+    {"method":"virtio_fs_transport_create","params":{"transport_name":"VHOST_USER"}},
+    {"method":"virtio_fs_transport_start","params":{"transport_name":"VHOST_USER"}},
+    {"method":"virtio_fs_device_create","params":{"transport_name":"VHOST_USER","dev_name":"idle"}},
+    {"method":"virtio_fs_device_create","params":
+        {"transport_name":"VHOST_USER","dev_name":"d","tag":"t","fsdev":"aio0","queue_size":16}},
+    {"method":"virtio_fs_device_start","params":{"dev_name":"d"}}]}]}"#;
+
+#[test]
+fn what_was_acknowledged_is_there_again_after_both_processes_were_killed() {
+    let directory = Directory::new("state");
+    let file = directory.write("saved.json", BRING_UP);
+    let (mut first, _channel, commands) =
+        start_with_state(&directory, &["-c", file.to_str().unwrap()], 2);
+    first.says("serving RPC");
+    assert!(
+        ask(&directory, r#"{"id":1,"method":"framework_wait_init"}"#).contains("true"),
+        "not ready"
+    );
+    let devices = r#"{"id":1,"method":"virtio_fs_get_devices"}"#;
+    let before = ask(&directory, devices);
+    assert!(before.contains("\"state\":\"running\"") && before.contains("\"idle\""));
+    first.signal(Signal::SIGKILL);
+    drop(first);
+
+    let (mut second, _channel, again) = start_with_state(&directory, &[], 2);
+    assert_eq!(again, commands);
+    second.says("serving RPC");
+    assert_eq!(ask(&directory, devices), before);
+
+    // The same configuration once more: everything is there already.
+    drop(second);
+    let (mut third, _channel, again) =
+        start_with_state(&directory, &["-c", file.to_str().unwrap()], 2);
+    assert_eq!(again, commands);
+    third.says("serving RPC");
+    assert!(
+        ask(&directory, r#"{"id":1,"method":"framework_wait_init"}"#).contains("true"),
+        "not ready"
+    );
+    assert_eq!(ask(&directory, devices), before);
+}
+
+#[test]
+fn a_damaged_state_is_refused_and_left_alone() {
+    let directory = Directory::new("damaged");
+    let state = directory.path("state");
+    std::fs::create_dir(&state).unwrap();
+    let (file, content) = (state.join("state"), "ferry-state 1 400 0123abcd\n{\"opt");
+    std::fs::write(&file, content).unwrap();
+    let args = ["--state-dir", state.to_str().unwrap()];
+    let (messages, status) = Controlplane::start(&directory, &args, None).end();
+    assert_eq!(status.code(), Some(1));
+    assert!(
+        messages.contains(file.to_str().unwrap()) && messages.contains("is damaged"),
+        "{messages}"
+    );
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), content);
+    assert!(!directory.path("rpc.sock").exists());
+}
+
+#[test]
+fn without_autosave_the_state_is_read_and_not_written() {
+    let directory = Directory::new("autosave");
+    let file = directory.write("saved.json", BRING_UP);
+    let (mut first, _channel, commands) =
+        start_with_state(&directory, &["-c", file.to_str().unwrap()], 2);
+    first.says("serving RPC");
+    ask(&directory, r#"{"id":1,"method":"framework_wait_init"}"#);
+    drop(first);
+    let state = directory.path("state").join("state");
+    let kept = std::fs::read(&state).unwrap();
+    let (mut second, _channel, again) = start_with_state(&directory, &["--no-autosave"], 2);
+    assert_eq!(again, commands);
+    second.says("serving RPC");
+    let options = r#"{"id":1,"method":"fsdev_set_opts","params":{"fsdev_io_pool_size":7000,"fsdev_io_cache_size":7}}"#;
+    assert!(ask(&directory, options).contains("\"result\":true"));
+    drop(second);
+    assert_eq!(std::fs::read(&state).unwrap(), kept);
+}
+
+#[test]
+fn a_change_that_cannot_be_kept_is_not_acknowledged() {
+    let directory = Directory::new("full");
+    let state = directory.path("state");
+    let args = ["--state-dir", state.to_str().unwrap()];
+    let mut controlplane = Controlplane::start(&directory, &args, None);
+    controlplane.says("serving RPC");
+    std::fs::create_dir(state.join("state.tmp")).unwrap();
+    let create =
+        r#"{"id":1,"method":"virtio_fs_transport_create","params":{"transport_name":"DOCA"}}"#;
+    let refused = ask(&directory, create);
+    assert!(
+        refused.contains("\"code\":-5") && refused.contains("cannot write"),
+        "{refused}"
+    );
+    std::fs::remove_dir(state.join("state.tmp")).unwrap();
+    // Any request that comes next makes up for it.
+    ask(&directory, create);
+    assert!(
+        std::fs::read_to_string(state.join("state"))
+            .unwrap()
+            .contains("DOCA")
+    );
+}
+
+/// Set in the environment of a copy of this program that is to be a client.
+const CLIENT: &str = "FERRY_TEST_CLIENT_OF";
+
+/// Asks as another user: a copy of this very test program, which finds the socket in its environment.
+fn ask_as(directory: &Directory, uid: u32, gid: u32, request: &str) -> String {
+    let copy = directory.path("client");
+    if !copy.exists() {
+        std::fs::copy(std::env::current_exe().unwrap(), &copy).unwrap();
+        let open = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(&copy, open.clone()).unwrap();
+        std::fs::set_permissions(&directory.0, open).unwrap();
+    }
+    let output = Process::new(&copy)
+        .args(["--exact", "members_of_a_group_may_call_what_its_rule_names"])
+        .arg("--nocapture")
+        .env(CLIENT, directory.path("rpc.sock"))
+        .env("FERRY_TEST_REQUEST", request)
+        .current_dir("/")
+        .uid(uid)
+        .gid(gid)
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn members_of_a_group_may_call_what_its_rule_names() {
+    if let Some(socket) = std::env::var_os(CLIENT) {
+        match UnixStream::connect(socket) {
+            Err(error) => println!("no connection: {error}"),
+            Ok(mut stream) => {
+                let request = std::env::var("FERRY_TEST_REQUEST").unwrap();
+                stream.write_all(request.as_bytes()).unwrap();
+                let mut line = String::new();
+                BufReader::new(stream).read_line(&mut line).unwrap();
+                println!("{line}");
+            }
+        }
+        return;
+    }
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIP only root can be several users");
+        return;
+    }
+    let directory = Directory::new("groups");
+    let args = [
+        "--socket-group=54321",
+        "--socket-mode=660",
+        "--allow=54321:rpc_get_methods,spdk_get_version",
+        "--allow=54322:*",
+    ];
+    let mut controlplane = Controlplane::start(&directory, &args, None);
+    controlplane.says("serving RPC");
+    let socket = std::fs::metadata(directory.path("rpc.sock")).unwrap();
+    assert_eq!((socket.gid(), socket.mode() & 0o777), (54_321, 0o660));
+
+    let version = r#"{"id":1,"method":"spdk_get_version"}"#;
+    let devices = r#"{"id":1,"method":"virtio_fs_get_devices"}"#;
+    let unknown = r#"{"id":1,"method":"bogus"}"#;
+    let member = |request| ask_as(&directory, 12_345, 54_321, request);
+    assert!(member(version).contains("Ferry v"));
+    controlplane.says("uid=12345");
+    let refused = member(devices);
+    assert!(
+        refused.contains("\"code\":-13") && refused.contains("virtio_fs_get_devices"),
+        "{refused}"
+    );
+    assert!(member(unknown).contains("-32601"));
+    let stranger = ask_as(&directory, 12_345, 54_323, version);
+    assert!(stranger.contains("no connection"), "{stranger}");
+    assert!(ask(&directory, devices).contains("\"result\":[]"), "root");
 }

@@ -25,6 +25,8 @@ pub struct Control {
     channel: Option<Channel>,
     backlog: VecDeque<ToControlplane>,
     poller: Arc<Poller>,
+    /// A connection has ended since this was last asked.
+    ended: bool,
 }
 
 impl Control {
@@ -47,6 +49,7 @@ impl Control {
             channel: None,
             backlog: VecDeque::new(),
             poller,
+            ended: false,
         })
     }
 
@@ -87,6 +90,11 @@ impl Control {
             tracing::info!(%lost, "control plane disconnected");
             self.hang_up();
         }
+    }
+
+    /// Whether a connection has ended since this was last called.
+    pub fn take_ended(&mut self) -> bool {
+        std::mem::take(&mut self.ended)
     }
 
     /// The commands that have arrived, a batch at most.
@@ -162,6 +170,7 @@ impl Control {
     fn hang_up(&mut self) {
         if let Some(channel) = self.channel.take() {
             let _ = self.poller.remove(&channel);
+            self.ended = true;
         }
         self.backlog.clear();
     }

@@ -18,6 +18,7 @@ use ferry_dataplane::platform::Platform;
 use ferry_dataplane::pool::DATA_BUFFER_STRIDE;
 use ferry_dataplane::service::Service;
 use ferry_shared::handshake::server::Listener;
+use ferry_shared::logging;
 
 /// A core has something to say.
 const CORES: Token = Token {
@@ -69,12 +70,7 @@ enum Poll {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("FERRY_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
+    logging::init("FERRY_LOG");
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -170,10 +166,17 @@ fn serve(
     let mut ready = Vec::new();
     loop {
         service.drain_cores();
+        if control.take_ended() {
+            service.forget_caller();
+        }
         let commands = control.commands();
         let more = !commands.is_empty();
         for (seq, command) in commands {
             service.command(seq, command);
+        }
+        // These commands may have been the last of a connection that broke the rules behind them.
+        if control.take_ended() {
+            service.forget_caller();
         }
         control.send(service.take_answers(), service.take_events());
         if more {

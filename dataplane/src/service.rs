@@ -6,9 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_QUEUES_PER_SERVICE, NAME_LEN};
+use ferry_shared::logging;
 use ferry_shared::msg::{
     Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevSpec, Item, Reply,
     Service as Facts,
@@ -22,18 +24,30 @@ use crate::os::poller::{Poller, Token};
 use crate::platform::Platform;
 use crate::reactor::DeviceShared;
 use crate::transport::Transport;
+use crate::transport::log_gate::LogGate;
 
 /// The answer to a command: at once, or later under the same number.
 pub type Answer = (u64, Result<Reply, Failure>);
 
-/// What a device does next, once its queues are quiet.
+/// What a device does next, once its queues are quiet. The number of the command is lost with its control plane.
 enum Next {
     /// Report that it is paused.
-    Paused { seq: u64 },
+    Paused { seq: Option<u64> },
     /// Close it.
-    Close { seq: u64 },
+    Close { seq: Option<u64> },
     /// Close it and start it with another specification.
-    Reopen { seq: u64, spec: Box<DeviceSpec> },
+    Reopen {
+        seq: Option<u64>,
+        spec: Box<DeviceSpec>,
+    },
+}
+
+impl Next {
+    fn forget_seq(&mut self) {
+        match self {
+            Next::Paused { seq } | Next::Close { seq } | Next::Reopen { seq, .. } => *seq = None,
+        }
+    }
 }
 
 /// A started device.
@@ -45,7 +59,11 @@ struct Device {
     next: Option<Next>,
     /// Told to pause, and not yet told to go on.
     paused: bool,
+    /// As last reported.
     connected: bool,
+    /// As last reported.
+    mounted: bool,
+    gate: LogGate,
 }
 
 /// The state of the data plane.
@@ -103,6 +121,7 @@ impl Service {
             Command::DeviceStart(spec) => self.device_start(seq, spec),
             Command::DeviceStop { name } => self.device_stop(seq, &name),
             Command::DeviceDestroy { name } => self.device_destroy(seq, &name),
+            Command::SetLog(spec) => logging::set(&spec).map(|()| Some(Reply::Done)),
         };
         match result {
             Ok(Some(reply)) => self.answers.push((seq, Ok(reply))),
@@ -110,6 +129,26 @@ impl Service {
             Err(failure) => self.answers.push((seq, Err(failure))),
         }
         self.settle();
+    }
+
+    fn answer(&mut self, seq: Option<u64>, result: Result<Reply, Failure>) {
+        match (seq, result) {
+            (Some(seq), result) => self.answers.push((seq, result)),
+            (None, Ok(_)) => {}
+            (None, Err(Failure { errno, detail })) => {
+                tracing::error!(%errno, detail, "a command failed after its control plane had gone");
+            }
+        }
+    }
+
+    /// The control plane has gone: what it asked for is still done, and answered to nobody. The next one counts its
+    /// commands from the beginning again.
+    pub fn forget_caller(&mut self) {
+        self.answers.clear();
+        self.events.clear();
+        for next in self.devices.iter_mut().filter_map(|d| d.next.as_mut()) {
+            next.forget_seq();
+        }
     }
 
     /// Takes the answers that have become ready.
@@ -142,29 +181,6 @@ impl Service {
             let Some(device) = self.devices.iter_mut().find(|d| d.id == id) else {
                 continue;
             };
-            match &event {
-                CoreEvent::Mounted { mounted, .. } => {
-                    let mounted = *mounted;
-                    tracing::info!(
-                        device = device.spec.name,
-                        tag = device.spec.tag,
-                        mounted,
-                        "FUSE session"
-                    );
-                    self.events.push(Event::Mounted {
-                        device: device.spec.name.clone(),
-                        mounted,
-                    });
-                }
-                CoreEvent::QueueFailed { index, .. } => {
-                    tracing::warn!(
-                        device = device.spec.name,
-                        queue = index.0,
-                        "the driver broke the ring; it needs a reset"
-                    );
-                }
-                CoreEvent::QueueStopped { .. } | CoreEvent::MemoryReplaced { .. } => {}
-            }
             device.transport.core_event(event, &mut self.cores);
         }
         self.settle();
@@ -173,13 +189,13 @@ impl Service {
     /// Closes every device and ends the cores.
     pub fn shut_down(mut self) {
         for device in &mut self.devices {
-            device.next = Some(Next::Close { seq: 0 });
+            device.next = Some(Next::Close { seq: None });
             device.transport.begin_close(&mut self.cores);
         }
         // Requests on a file system that never answers cannot be waited for; the kernel ends them with the process.
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(5);
         let mut ready = Vec::new();
-        while !self.devices.is_empty() && std::time::Instant::now() < deadline {
+        while !self.devices.is_empty() && Instant::now() < deadline {
             let timeout = if self.cores.prepare_sleep() { 100 } else { 0 };
             let _ = self.poller.wait(&mut ready, timeout);
             self.cores.awake();
@@ -205,14 +221,7 @@ impl Service {
             .describe_functions(&self.run_dir)
             .map(Item::Function);
         let fsdevs = self.fsdevs.values().cloned().map(Item::Fsdev);
-        let devices = self.devices.iter().map(|d| {
-            Item::Device(DeviceSnapshot {
-                spec: d.spec.clone(),
-                paused: d.paused,
-                connected: d.connected,
-                mounted: d.shared.session.mounted(),
-            })
-        });
+        let devices = self.devices.iter().filter_map(describe).map(Item::Device);
         let all = std::iter::once(service)
             .chain(managers)
             .chain(functions)
@@ -281,7 +290,7 @@ impl Service {
         }
         device.transport.begin_close(&mut self.cores);
         device.next = Some(Next::Reopen {
-            seq,
+            seq: Some(seq),
             spec: Box::new(spec),
         });
         Ok(None)
@@ -371,6 +380,8 @@ impl Service {
             next: None,
             paused: false,
             connected: false,
+            mounted: false,
+            gate: LogGate::new(Instant::now()),
         });
         Ok(())
     }
@@ -381,7 +392,7 @@ impl Service {
         if device.paused {
             return refuse(Errno::EALREADY, format!("device {name} is stopped already"));
         }
-        device.next = Some(Next::Paused { seq });
+        device.next = Some(Next::Paused { seq: Some(seq) });
         let index = self.devices.iter().position(|d| d.spec.name == name);
         if let Some(device) = index.and_then(|i| self.devices.get_mut(i)) {
             device.paused = true;
@@ -399,7 +410,7 @@ impl Service {
                 format!("device {name} is running; stop it first"),
             );
         }
-        device.next = Some(Next::Close { seq });
+        device.next = Some(Next::Close { seq: Some(seq) });
         let index = self.devices.iter().position(|d| d.spec.name == name);
         if let Some(device) = index.and_then(|i| self.devices.get_mut(i)) {
             device.transport.begin_close(&mut self.cores);
@@ -417,15 +428,7 @@ impl Service {
     /// Goes on with devices that have become quiet, and reports connections that came or went.
     fn settle(&mut self) {
         for device in &mut self.devices {
-            let connected = device.transport.connected();
-            if connected != device.connected {
-                device.connected = connected;
-                tracing::info!(device = device.spec.name, connected, "peer");
-                self.events.push(Event::Connected {
-                    device: device.spec.name.clone(),
-                    connected,
-                });
-            }
+            device.notice_changes(&mut self.events);
         }
         while let Some(at) = self
             .devices
@@ -436,15 +439,15 @@ impl Service {
                 break;
             };
             match next {
-                Next::Paused { seq } => self.answers.push((seq, Ok(Reply::Done))),
+                Next::Paused { seq } => self.answer(seq, Ok(Reply::Done)),
                 Next::Close { seq } => {
                     self.close(at);
-                    self.answers.push((seq, Ok(Reply::Done)));
+                    self.answer(seq, Ok(Reply::Done));
                 }
                 Next::Reopen { seq, spec } => {
                     self.close(at);
                     let opened = self.open(*spec).map(|()| Reply::Done);
-                    self.answers.push((seq, opened));
+                    self.answer(seq, opened);
                 }
             }
         }
@@ -461,7 +464,53 @@ impl Service {
     }
 }
 
+/// A device as it will be once what it does has been done; a new control plane cannot wait for a slow file system.
+fn describe(device: &Device) -> Option<DeviceSnapshot> {
+    let (spec, paused) = match &device.next {
+        None | Some(Next::Paused { .. }) => (&device.spec, device.paused),
+        Some(Next::Reopen { spec, .. }) => (&**spec, false),
+        Some(Next::Close { .. }) => return None,
+    };
+    Some(DeviceSnapshot {
+        spec: spec.clone(),
+        paused,
+        connected: device.connected,
+        mounted: device.shared.session.mounted(),
+    })
+}
+
 impl Device {
+    /// Reports a connection or a FUSE session that has come or gone. What changes back in between is not worth a report,
+    /// and how often a guest mounts must not decide how much is logged.
+    fn notice_changes(&mut self, events: &mut Vec<Event>) {
+        let device = &self.spec.name;
+        let connected = self.transport.connected();
+        if connected != self.connected {
+            self.connected = connected;
+            events.push(Event::Connected {
+                device: device.clone(),
+                connected,
+            });
+        }
+        let mounted = self.shared.session.mounted();
+        if mounted != self.mounted {
+            self.mounted = mounted;
+            events.push(Event::Mounted {
+                device: device.clone(),
+                mounted,
+            });
+            if let Some(left_out) = self.gate.admit(Instant::now()) {
+                tracing::info!(
+                    device,
+                    tag = self.spec.tag,
+                    mounted,
+                    left_out,
+                    "FUSE session"
+                );
+            }
+        }
+    }
+
     /// Refuses while an earlier command is still under way.
     fn idle(&self) -> Result<(), Failure> {
         let what = match &self.next {

@@ -2,6 +2,8 @@
 //! `corpus/` through them on stable Rust. A target panics when a rule is broken and returns otherwise.
 
 pub mod fuse;
+pub mod queue;
+pub mod vhost_user;
 
 /// A fuzz target.
 #[derive(Clone, Copy, Debug)]
@@ -21,5 +23,17 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "fuse_ops",
         run: fuse::ops,
+    },
+    Target {
+        name: "split",
+        run: queue::split,
+    },
+    Target {
+        name: "packed",
+        run: queue::packed,
+    },
+    Target {
+        name: "vhost_user",
+        run: vhost_user::messages,
     },
 ];

@@ -9,6 +9,8 @@ pub mod errno;
 #[cfg(all(feature = "std", not(loom)))]
 pub mod handshake;
 pub mod limits;
+#[cfg(all(feature = "std", not(loom)))]
+pub mod logging;
 pub mod msg;
 pub mod region;
 pub mod ring;

@@ -11,6 +11,7 @@
 # end `N passed, N failed`. The files under DIR/kept stay for the host to compare.
 CHECKS=$1 DIR=$2 TAG=$3
 number=0 passed=0 failed=0 skipped=0
+SCRATCH=$(mktemp -d) || exit 1
 
 # check NAME FUNCTION [ARGS...]: the function returns 0 passed, 77 skipped, anything else failed; its output says why.
 check() {
@@ -26,6 +27,7 @@ check() {
 }
 
 finish() {
+    rm -rf "$SCRATCH"
     [ $skipped = 0 ] || echo "$skipped skipped"
     echo "$passed passed, $failed failed"
     [ $failed = 0 ]
@@ -38,19 +40,19 @@ forget_cached_pages() { sync; echo 3 > /proc/sys/vm/drop_caches 2>/dev/null || t
 mount_tag() { mkdir -p "$DIR" && mount -t virtiofs "$TAG" "$DIR"; }
 
 mount_wrong_tag() {
-    mkdir -p /tmp/wrong
-    if mount -t virtiofs "$TAG-wrong" /tmp/wrong 2>/dev/null; then
-        umount /tmp/wrong
+    mkdir -p "$SCRATCH/wrong"
+    if mount -t virtiofs "$TAG-wrong" "$SCRATCH/wrong" 2>/dev/null; then
+        umount "$SCRATCH/wrong"
         echo "a tag that no device has was mounted"
         return 1
     fi
 }
 
 read_back_64_mib() {
-    dd if=/dev/urandom of=/tmp/random bs=1M count=4 2>/dev/null || return 1
-    for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do cat /tmp/random; done > "$DIR/kept/big" || return 1
-    wrote=$(for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do cat /tmp/random; done | sha256sum | cut -d' ' -f1)
-    rm /tmp/random
+    dd if=/dev/urandom of="$SCRATCH/random" bs=1M count=4 2>/dev/null || return 1
+    for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do cat "$SCRATCH/random"; done > "$DIR/kept/big" || return 1
+    wrote=$(for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do cat "$SCRATCH/random"; done | sha256sum | cut -d' ' -f1)
+    rm "$SCRATCH/random"
     forget_cached_pages
     [ "$(stat -c %s "$DIR/kept/big")" = 67108864 ] || { echo "the size is $(stat -c %s "$DIR/kept/big")"; return 1; }
     [ "$(checksum "$DIR/kept/big")" = "$wrote" ] || { echo "read back other bytes than were written"; return 1; }
@@ -115,7 +117,7 @@ kept_is_there() {
     [ "$(stat -c '%u %g %a %h' "$DIR/kept/owned")" = "1234 4321 2640 1" ] || { echo "owner or mode changed"; return 1; }
     [ "$(stat -c %h "$DIR/kept/linked-2")" = 3 ] || { echo "the link count changed"; return 1; }
     [ "$(readlink "$DIR/kept/link")" = big ] || { echo "the symbolic link changed"; return 1; }
-    [ "$(TZ=UTC0 stat -c %Y "$DIR/kept/dated")" = "$(cat /tmp/dated)" ] || { echo "the time changed"; return 1; }
+    [ "$(TZ=UTC0 stat -c %Y "$DIR/kept/dated")" = "$(cat "$SCRATCH/dated")" ] || { echo "the time changed"; return 1; }
 }
 
 mount_again() {
@@ -160,17 +162,17 @@ if [ -n "$TAG" ]; then
 fi
 mkdir -p "$DIR/kept"
 check "64 MiB written and read back" read_back_64_mib
-"$CHECKS" list > /tmp/check-names
+"$CHECKS" list > "$SCRATCH/names"
 while read -r line; do
     check "$line" "$CHECKS" run "$line" "$DIR"
-done < /tmp/check-names
+done < "$SCRATCH/names"
 check "a program runs from the mount" program_runs
 check "a script runs from the mount" script_runs
 check "redirect and append" redirect_and_append
 check "copy a tree" copy_a_tree
 check "pack and unpack a tree" pack_a_tree
 check "leave files for the host" leave_for_the_host
-stat -c %Y "$DIR/kept/dated" > /tmp/dated
+stat -c %Y "$DIR/kept/dated" > "$SCRATCH/dated"
 check "what was left is there" kept_is_there
 if [ -n "$TAG" ]; then
     check "unmount is refused while a file is open" busy_unmount

@@ -150,11 +150,11 @@ impl Guest {
         let results = dir.make_dir("results");
         self.write_initramfs(script, &dir.join("initrd"))?;
         let console = dir.join("console");
-        let mut command = match self.machine {
+        let command = match self.machine {
             Machine::Qemu { kernel, processors } => self.qemu_command(kernel, processors, &dir)?,
             Machine::UserMode => self.user_mode_command(&dir)?,
         };
-        let ended = Process::start(&mut command, &console)?.wait(limit);
+        let ended = Process::start(&command, &console)?.wait(limit);
         let archive = dir.join("results.tar");
         if archive.exists() {
             let status = Command::new("tar")

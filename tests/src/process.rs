@@ -44,14 +44,14 @@ impl Process {
     ///
     /// # Errors
     /// When the log cannot be opened or the program cannot be started.
-    pub fn start(command: &mut Command, log: &Path) -> Result<Self> {
+    pub fn start(command: &Command, log: &Path) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let out = File::options()
             .create(true)
             .append(true)
             .open(log)
             .with_context(|| format!("open {}", log.display()))?;
-        let child = command
+        let child = ending_with_us(command)
             .stdin(Stdio::null())
             .stdout(out.try_clone()?)
             .stderr(out)
@@ -122,6 +122,25 @@ impl Process {
             Err(error) => eprintln!("cannot signal the group of {}: {error}", self.name),
         }
     }
+}
+
+/// The same command, but asked to end by the kernel should the test be killed without a chance to clean up.
+fn ending_with_us(command: &Command) -> Command {
+    let mut wrapped = Command::new("setpriv");
+    wrapped
+        .args(["--pdeathsig", "TERM"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => wrapped.env(name, value),
+            None => wrapped.env_remove(name),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        wrapped.current_dir(dir);
+    }
+    wrapped
 }
 
 impl Drop for Process {

@@ -112,7 +112,7 @@ impl Service {
             .arg("--no-huge")
             .args(&config.args)
             .envs(config.env.iter().map(|(name, value)| (name, value)));
-        let process = Process::start(&mut command, &dir.join("log"))?;
+        let process = Process::start(&command, &dir.join("log"))?;
         let mut service = Self {
             process,
             dir,
@@ -260,7 +260,7 @@ impl Service {
         let dir = self.dir.make_dir("mnt");
         let mut command = Command::new(binary("ferry")?);
         command.arg("mount").arg(socket).arg(&dir);
-        let process = Process::start(&mut command, &self.dir.join("mount.log"))?;
+        let process = Process::start(&command, &self.dir.join("mount.log"))?;
         let mut mount = HostMount { process, dir };
         let ready = wait_until("the function is mounted", START_LIMIT, || {
             ensure!(mount.process.running()?, "ferry mount has ended");

@@ -74,7 +74,7 @@ impl Host {
         if init_conf.is_some() {
             command.env("SPDK_RPC_INIT_CONF", "/etc/virtiofs/spdk_rpc_init.conf");
         }
-        let process = Process::start(&mut command, &dir.join("log"))?;
+        let process = Process::start(&command, &dir.join("log"))?;
         let mut host = Self { process, dir, path };
         let ready = wait_until("the service answers", LIMIT, || {
             ensure!(host.process.running()?, "ferry up has ended");

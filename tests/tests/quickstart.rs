@@ -56,7 +56,7 @@ fn interrupt_at(line: &str) -> Result<()> {
         .arg(dir.make_dir("export"))
         .env("TMPDIR", &temporary)
         .current_dir(dir.path());
-    let mut script = Process::start(&mut command, &dir.join("log"))?;
+    let mut script = Process::start(&command, &dir.join("log"))?;
     wait_until(&format!("quickstart says '{line}'"), BUILD_LIMIT, || {
         ensure!(script.running()?, "it has ended:\n{}", script.output());
         Ok(script.output().contains(line))

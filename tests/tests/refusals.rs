@@ -485,7 +485,7 @@ fn a_missing_data_plane_is_named() {
         .arg(&socket)
         .arg("--run-dir")
         .arg(&run);
-    let mut process = Process::start(&mut command, &dir.join("log")).unwrap();
+    let mut process = Process::start(&command, &dir.join("log")).unwrap();
     let rpc = |line: &str| -> Result<Output> {
         Ok(Command::new(&ferry)
             .args(["rpc", "-s"])

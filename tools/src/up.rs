@@ -18,8 +18,10 @@ pub use options::Args;
 use core::time::Duration;
 use std::env;
 use std::ffi::OsStr;
+use std::fs::DirBuilder;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -28,7 +30,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::unistd::{User, geteuid};
+use nix::unistd::{User, chown, geteuid};
 
 use probe::Probe;
 use process::{Launch, Process};
@@ -68,6 +70,21 @@ fn control_user(args: &Args) -> anyhow::Result<Option<User>> {
         format!("there is no user {name}; name another one with --control-user")
     })?;
     Ok(Some(user))
+}
+
+/// Makes the state directory for the user of the control plane, who cannot do so in most places. One that exists is
+/// left as it is.
+fn make_state_dir(dir: &Path, user: &User) -> anyhow::Result<()> {
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        Err(error) => {
+            return Err(error)
+                .with_context(|| format!("cannot create state directory {}", dir.display()));
+        }
+    }
+    chown(dir, Some(user.uid), Some(user.gid))
+        .with_context(|| format!("cannot give {} to user {}", dir.display(), user.name))
 }
 
 /// One of the programs that are installed beside this one.
@@ -119,6 +136,9 @@ impl Supervisor {
             bail!(
                 "user {name} cannot reach run directory {dir}; choose another --run-dir or --control-user"
             );
+        }
+        if let (Some(dir), Some(user)) = (&args.state_dir, &user) {
+            make_state_dir(dir, user)?;
         }
         let dataplane = Launch {
             program: program("ferry-dataplane")?,

@@ -1,3 +1,6 @@
+use proptest::prelude::Just;
+use proptest::prelude::Strategy;
+use proptest::prelude::any;
 use tokio::task::LocalSet;
 
 use super::*;
@@ -166,4 +169,84 @@ fn the_script_stops_at_the_first_failure() {
         );
         assert!(!app.model().transports()[0].started);
     });
+}
+
+type Request = (&'static str, Value);
+
+fn requests() -> impl Strategy<Value = Vec<Request>> {
+    let name = |names: &'static [&'static str]| proptest::sample::select(names);
+    let fsdev = move || name(&["f0", "f1", "f2"]);
+    let device = move || name(&["d0", "d1", "d2"]);
+    let transport = move || name(&["DOCA", "VHOST_USER"]);
+    let aio = (fsdev(), any::<bool>(), 4096..262_144u32, any::<u32>(), name(&["inline", "offload", "auto"])).prop_map(
+        |(name, flag, size, number, metadata)| {
+            let params = json!({"name": name, "root_path": "/srv/\"ä b\"", "enable_xattr": flag, "skip_rw": !flag,
+                "max_xfer_size": size, "max_readahead": number, "attr_valid_ms": number, "metadata": metadata});
+            ("fsdev_aio_create", params)
+        },
+    );
+    let create = (transport(), device(), any::<bool>(), 1..255u32, 3..9u32).prop_map(
+        |(transport, device, flag, queues, size)| {
+            let mut params = json!({"transport_name": transport, "dev_name": device, "packed_vq": flag,
+                "notification_vq": !flag, "num_request_queues": queues, "queue_size": 1 << size,
+                "driver_platform": if flag { "aarch64" } else { "native" }});
+            if flag {
+                params["tag"] = json!(format!("tag {device}"));
+                params["fsdev"] = json!("f0");
+            }
+            ("virtio_fs_device_create", params)
+        },
+    );
+    let modify = (
+        device(),
+        proptest::option::of(name(&["mlx5_0", "mlx5_7"])),
+        any::<bool>(),
+    )
+        .prop_map(|(device, manager, known)| {
+            let mut params = json!({"dev_name": device, "vuid": if known { VUID } else { "MT0" }});
+            if let Some(manager) = manager {
+                params["manager"] = json!(manager);
+            }
+            ("virtio_fs_doca_device_modify", params)
+        });
+    let with =
+        |method: &'static str, key: &'static str| move |name: &str| (method, json!({key: name}));
+    let one = proptest::prop_oneof![
+        3 => aio,
+         1 => fsdev().prop_map(with("fsdev_null_create", "name")),
+         1 => fsdev().prop_map(with("fsdev_aio_delete", "name")),
+         1 => (1..1000u32).prop_map(|cache| ("fsdev_set_opts",
+            json!({"fsdev_io_pool_size": cache * 2, "fsdev_io_cache_size": cache}))),
+        4 => transport().prop_map(with("virtio_fs_transport_create", "transport_name")),
+        4 => transport().prop_map(with("virtio_fs_transport_start", "transport_name")),
+         1 => transport().prop_map(with("virtio_fs_transport_stop", "transport_name")),
+         1 => transport().prop_map(with("virtio_fs_transport_destroy", "transport_name")),
+         1 => Just(("virtio_fs_doca_manager_create", json!({"manager": "mlx5_0"}))),
+         1 => Just(("virtio_fs_doca_manager_destroy", json!({"manager": "mlx5_0"}))),
+        5 => create,
+        3 => modify,
+        4 => device().prop_map(with("virtio_fs_device_start", "dev_name")),
+         1 => device().prop_map(with("virtio_fs_device_stop", "dev_name")),
+         1 => device().prop_map(with("virtio_fs_device_destroy", "dev_name")),
+    ];
+    proptest::collection::vec(one, 0..50)
+}
+
+proptest::proptest! {
+    #[test]
+    fn saving_loading_and_saving_again_gives_the_same_text(requests in requests()) {
+        let saved = with_app(async |app, _| {
+            for (method, params) in requests {
+                let Value::Object(params) = params else { unreachable!("all are objects") };
+                // Refusals are part of the game.
+                let _ = app.call(method, &Params::from(params)).await;
+            }
+            render(&collect(&app).await.unwrap(), 2)
+        });
+        let again = with_app(async |app, _| {
+            apply(&app, &parse(&saved).unwrap(), |when| when != When::Startup, false).await.unwrap();
+            render(&collect(&app).await.unwrap(), 2)
+        });
+        assert_eq!(again, saved);
+    }
 }

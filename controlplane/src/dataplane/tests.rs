@@ -162,6 +162,7 @@ fn commands_cross_the_rings_and_a_restarted_data_plane_gets_what_it_lacks() {
             .await
             .unwrap();
         let first = first.join().unwrap();
+        app.unlinked().await;
         let second = dataplane(run_dir.clone(), 3);
         // The link is up again, and the other two commands were issued, before this one is sent.
         call(&app, "fsdev_null_create", r#"{"name":"third"}"#)

@@ -38,6 +38,9 @@ pub struct Device {
     pub vuid: Option<String>,
     /// What the data plane has of it.
     pub live: Option<Live>,
+    /// Whether it is meant to run: it was started and not stopped since. A device that could not be started again after
+    /// a restart stays wanted.
+    pub wanted: bool,
     pub(super) pending: Option<Pending>,
 }
 
@@ -111,7 +114,7 @@ pub(crate) const PLATFORMS: [(&str, Platform); 5] = [
     ("aarch64", Platform::Aarch64),
 ];
 
-fn parse_platform(name: &str) -> Result<Platform, Failure> {
+pub(super) fn parse_platform(name: &str) -> Result<Platform, Failure> {
     PLATFORMS
         .into_iter()
         .find(|(known, _)| *known == name)
@@ -144,6 +147,7 @@ impl Device {
             manager: None,
             vuid: None,
             live: None,
+            wanted: false,
             pending: None,
         }
     }
@@ -155,11 +159,13 @@ impl Device {
             Attach::VhostUser => TransportKind::VhostUser,
         };
         let mut device = Device::new(&snapshot.spec.name, transport);
+        device.take_properties(&snapshot.spec);
         device.set_live(snapshot);
         device
     }
 
-    /// Takes the data plane's description over.
+    /// Takes the data plane's description over. Properties of a stopped device may have been changed since it was
+    /// started, so they stay; a running device has those that it was started with.
     pub(super) fn set_live(&mut self, snapshot: msg::DeviceSnapshot) {
         let msg::DeviceSnapshot {
             spec,
@@ -167,6 +173,19 @@ impl Device {
             connected,
             mounted,
         } = snapshot;
+        if !paused {
+            self.take_properties(&spec);
+        }
+        self.wanted = !paused;
+        self.live = Some(Live {
+            spec,
+            paused,
+            connected,
+            mounted,
+        });
+    }
+
+    fn take_properties(&mut self, spec: &DeviceSpec) {
         if let Attach::Doca { manager, vuid } = &spec.attach {
             self.manager = Some(manager.clone());
             self.vuid = Some(vuid.clone());
@@ -178,12 +197,6 @@ impl Device {
         self.packed_vq = spec.packed_vq;
         self.notification_vq = spec.notification_vq;
         self.driver_platform = spec.driver_platform;
-        self.live = Some(Live {
-            spec,
-            paused,
-            connected,
-            mounted,
-        });
     }
 
     /// Its state.

@@ -6,6 +6,7 @@ use ferry_shared::msg::Command;
 use ferry_shared::msg::Failure;
 use ferry_shared::msg::FsdevKind;
 use ferry_shared::msg::FsdevSpec;
+use ferry_shared::msg::Placement;
 
 use super::Effect;
 use super::Model;
@@ -61,6 +62,34 @@ pub(crate) fn module_name(kind: &FsdevKind) -> &'static str {
         FsdevKind::Aio(_) => "aio",
         FsdevKind::Null => "null",
     }
+}
+
+const PLACEMENTS: [(&str, Placement); 3] = [
+    ("inline", Placement::Inline),
+    ("offload", Placement::Offload),
+    ("auto", Placement::Auto),
+];
+
+/// The name of a way to make calls that may block.
+pub(crate) fn placement_name(placement: Placement) -> &'static str {
+    PLACEMENTS
+        .into_iter()
+        .find(|(_, known)| *known == placement)
+        .map_or("auto", |(name, _)| name)
+}
+
+/// Looks such a name up.
+pub(crate) fn parse_placement(name: &str) -> Result<Placement, Failure> {
+    PLACEMENTS
+        .into_iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, placement)| placement)
+        .ok_or_else(|| {
+            Failure::new(
+                Errno::EINVAL,
+                format!("metadata {name:?} is not one of inline, offload, auto"),
+            )
+        })
 }
 
 impl Model {

@@ -189,7 +189,7 @@ impl Model {
         })
     }
 
-    fn start_spec(&self, device: &Device) -> Result<DeviceSpec, Failure> {
+    pub(super) fn start_spec(&self, device: &Device) -> Result<DeviceSpec, Failure> {
         let (Some(tag), Some(fsdev)) = (&device.tag, &device.fsdev) else {
             let lacking = if device.tag.is_none() { "tag" } else { "fsdev" };
             return refuse(
@@ -238,10 +238,16 @@ impl Model {
         })))
     }
 
-    /// Begins to stop a running device.
+    /// Begins to stop a running device. One that is meant to run and could not be started again is no longer meant to.
     pub fn device_stop(&mut self, name: &str) -> Result<Step, Failure> {
         let device = self.device(name)?;
         device.check_not_pending()?;
+        if device.state() == DeviceState::Idle && device.wanted {
+            if let Some(device) = self.device_mut(name) {
+                device.wanted = false;
+            }
+            return Ok(Step::Done);
+        }
         if device.state() != DeviceState::Running {
             return refuse(
                 Errno::EALREADY,
@@ -291,6 +297,7 @@ impl Model {
         if !done {
             return;
         }
+        device.wanted = true;
         match &mut device.live {
             Some(live) if live.spec == spec => live.paused = false,
             live => {
@@ -311,6 +318,7 @@ impl Model {
         device.pending = None;
         if let Some(live) = device.live.as_mut().filter(|_| done) {
             live.paused = true;
+            device.wanted = false;
         }
     }
 

@@ -8,6 +8,7 @@
 mod device;
 mod fsdev;
 mod lifecycle;
+mod stored;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,8 @@ pub use device::Live;
 pub use fsdev::Fsdev;
 pub use fsdev::FsdevOptions;
 pub(crate) use fsdev::module_name;
+pub(crate) use fsdev::parse_placement;
+pub(crate) use fsdev::placement_name;
 
 use ferry_shared::errno::Errno;
 use ferry_shared::msg::Command;

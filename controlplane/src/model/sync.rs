@@ -6,6 +6,7 @@ use ferry_shared::msg::Attach;
 use ferry_shared::msg::Command;
 use ferry_shared::msg::DeviceSnapshot;
 use ferry_shared::msg::Event;
+use ferry_shared::msg::Failure;
 use ferry_shared::msg::FsdevSpec;
 use ferry_shared::msg::Item;
 
@@ -28,6 +29,8 @@ pub struct Adopted {
     pub objects: Vec<String>,
     /// What the data plane lacks.
     pub missing: Vec<Ticket>,
+    /// Why some of what it lacks cannot even be tried; it stays wanted.
+    pub impossible: Vec<Failure>,
 }
 
 impl Model {
@@ -95,15 +98,16 @@ impl Model {
     }
 
     fn adopt_devices(&mut self, snapshots: Vec<DeviceSnapshot>, adopted: &mut Adopted) {
-        let mut wanted = Vec::new();
+        let mut before = Vec::new();
         for device in &mut self.devices {
             device.pending = None;
-            if let Some(live) = device.live.take().filter(|live| !live.paused) {
-                wanted.push(live.spec);
+            let live = device.live.take().filter(|live| !live.paused);
+            if device.wanted {
+                before.push((device.name.clone(), live.map(|live| live.spec)));
             }
         }
         for snapshot in snapshots {
-            wanted.retain(|spec| spec.name != snapshot.spec.name);
+            before.retain(|(name, _)| *name != snapshot.spec.name);
             self.adopt_parents(&snapshot.spec.attach);
             match self.device_mut(&snapshot.spec.name) {
                 Some(device) => device.set_live(snapshot),
@@ -115,8 +119,19 @@ impl Model {
                 }
             }
         }
-        for spec in wanted {
-            if let Some(device) = self.device_mut(&spec.name) {
+        for (name, spec) in before {
+            let spec = match (spec, self.device(&name)) {
+                (Some(spec), _) => spec,
+                (None, Ok(device)) => match self.start_spec(device) {
+                    Ok(spec) => spec,
+                    Err(failure) => {
+                        adopted.impossible.push(failure);
+                        continue;
+                    }
+                },
+                (None, Err(_)) => continue,
+            };
+            if let Some(device) = self.device_mut(&name) {
                 device.pending = Some(Pending::Starting(spec.attach.clone()));
             }
             adopted.missing.push(Ticket {

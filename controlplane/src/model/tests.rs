@@ -39,7 +39,7 @@ fn function(vuid: &str) -> Function {
     }
 }
 
-fn platform() -> Vec<Item> {
+pub(super) fn platform() -> Vec<Item> {
     let service = Service {
         version: "0.1.0".to_owned(),
         pid: 1,
@@ -79,7 +79,7 @@ fn aio(name: &str) -> FsdevSpec {
 }
 
 /// Carries a step out with a data plane that agrees to everything.
-fn done(model: &mut Model, step: Step) {
+pub(super) fn done(model: &mut Model, step: Step) {
     if let Step::Send(ticket) = step {
         model.finish(*ticket, true);
     }
@@ -94,7 +94,7 @@ fn ready(tag: &str) -> Changes {
 }
 
 /// Both transports started, fsdev `aio0`, nothing else.
-fn started() -> Model {
+pub(super) fn started() -> Model {
     let mut model = Model::default();
     assert!(model.adopt(platform()).missing.is_empty());
     let step = model.fsdev_create(aio("aio0")).unwrap();
@@ -107,7 +107,7 @@ fn started() -> Model {
 }
 
 /// The same with device `vfsdev0` running on the first function.
-fn running() -> Model {
+pub(super) fn running() -> Model {
     let mut model = started();
     model
         .device_create("DOCA", "vfsdev0", ready("docatag"))
@@ -121,7 +121,7 @@ fn running() -> Model {
     model
 }
 
-fn stopped() -> Model {
+pub(super) fn stopped() -> Model {
     let mut model = running();
     let step = model.device_stop("vfsdev0").unwrap();
     done(&mut model, step);
@@ -903,7 +903,7 @@ fn reports_of_the_data_plane_change_what_is_shown() {
 }
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(super) enum Op {
     TransportCreate(&'static str),
     TransportStart(&'static str),
     TransportStop(&'static str),
@@ -951,7 +951,7 @@ fn changes() -> impl Strategy<Value = Changes> {
     )
 }
 
-fn op() -> impl Strategy<Value = Op> {
+pub(super) fn op() -> impl Strategy<Value = Op> {
     let transport = || pick(&["DOCA", "VHOST_USER", "TCP"]);
     let manager = || pick(&["mlx5_0", "mlx5_1", "mlx5_9"]);
     let device = || pick(&["d0", "d1", "d2"]);
@@ -989,7 +989,7 @@ fn finish(model: &mut Model, step: Result<Step, Failure>, ok: bool) -> Result<()
     Ok(())
 }
 
-fn apply(model: &mut Model, op: Op) -> Result<(), Failure> {
+pub(super) fn apply(model: &mut Model, op: Op) -> Result<(), Failure> {
     match op {
         Op::TransportCreate(name) => model.transport_create(name),
         Op::TransportStart(name) => model.transport_start(name),

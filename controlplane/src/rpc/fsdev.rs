@@ -5,7 +5,6 @@ use std::rc::Rc;
 use serde_json::Value;
 use serde_json::json;
 
-use ferry_shared::errno::Errno;
 use ferry_shared::limits;
 use ferry_shared::msg::AioSpec;
 use ferry_shared::msg::Failure;
@@ -20,19 +19,8 @@ use crate::app::App;
 use crate::model::Fsdev;
 use crate::model::FsdevOptions;
 use crate::model::module_name;
-
-const PLACEMENTS: [(&str, Placement); 3] = [
-    ("inline", Placement::Inline),
-    ("offload", Placement::Offload),
-    ("auto", Placement::Auto),
-];
-
-fn placement_name(placement: Placement) -> &'static str {
-    PLACEMENTS
-        .into_iter()
-        .find(|(_, known)| *known == placement)
-        .map_or("auto", |(name, _)| name)
-}
+use crate::model::parse_placement;
+use crate::model::placement_name;
 
 pub(super) fn fsdev_set_opts(app: &App, args: &Args) -> Result<Value, RpcError> {
     let options = FsdevOptions {
@@ -111,16 +99,7 @@ pub(super) fn config(app: &App) -> Vec<Value> {
 fn aio_spec(args: &Args) -> Result<AioSpec, Failure> {
     let metadata = match args.text("metadata") {
         None => Placement::default(),
-        Some(name) => PLACEMENTS
-            .into_iter()
-            .find(|(known, _)| *known == name)
-            .map(|(_, placement)| placement)
-            .ok_or_else(|| {
-                Failure::new(
-                    Errno::EINVAL,
-                    format!("metadata {name:?} is not one of inline, offload, auto"),
-                )
-            })?,
+        Some(name) => parse_placement(name)?,
     };
     Ok(AioSpec {
         root_path: args.required("root_path").to_owned(),

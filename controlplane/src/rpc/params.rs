@@ -29,6 +29,8 @@ pub enum Kind {
     Text,
     /// An unsigned 32-bit number.
     Number,
+    /// An unsigned 64-bit number.
+    Big,
     /// A signed 32-bit number.
     Signed,
     /// A boolean.
@@ -158,6 +160,20 @@ pub(super) const SUBSYSTEM: Param = Param {
     mandatory: true,
     positional: true,
     help: "name of the subsystem",
+    ..PARAM
+};
+pub(super) const LEVEL: Param = Param {
+    name: "level",
+    mandatory: true,
+    positional: true,
+    help: "ERROR, WARNING, NOTICE, INFO or DEBUG",
+    ..PARAM
+};
+pub(super) const LOG_FLAG: Param = Param {
+    name: "flag",
+    mandatory: true,
+    positional: true,
+    help: "name of the component, with * and ? for many; or all",
     ..PARAM
 };
 pub(super) const INDENT: Param = Param {

@@ -7,6 +7,7 @@ use super::RpcError;
 use super::doca;
 use super::framework;
 use super::fsdev;
+use super::log;
 pub use super::method::Answer;
 pub use super::method::ClientCommand;
 pub use super::method::Handler;
@@ -14,6 +15,7 @@ pub use super::method::Method;
 pub use super::method::Output;
 pub use super::method::Rule;
 pub use super::method::When;
+use super::notify;
 use super::params::AIO;
 use super::params::DEVICE;
 use super::params::FSDEV;
@@ -22,6 +24,8 @@ use super::params::FSDEV_OPTIONS;
 use super::params::INDENT;
 use super::params::JSON_CONF;
 pub use super::params::Kind;
+use super::params::LEVEL;
+use super::params::LOG_FLAG;
 use super::params::MANAGER;
 use super::params::NOTIFICATION;
 use super::params::PACKED;
@@ -47,6 +51,8 @@ pub fn find(name: &str) -> Option<&'static Method> {
 
 const INVALID: Rule = Rule::Strict(RpcError::INVALID_PARAMS, "Invalid parameters");
 const DECODE: Rule = Rule::Strict(RpcError::INVALID_PARAMS, "spdk_json_decode_object failed");
+const DECODE_INTERNAL: Rule =
+    Rule::Strict(RpcError::INTERNAL_ERROR, "spdk_json_decode_object failed");
 const ARGUMENTS: Rule = Rule::Strict(RpcError::INVALID_PARAMS, "Invalid arguments");
 
 const METHOD: Method = Method {
@@ -167,6 +173,119 @@ pub static METHODS: &[Method] = &[
             ..PARAM
         }],
         handler: Handler::Now(framework::spdk_kill_instance),
+        ..METHOD
+    },
+    Method {
+        name: "log_set_level",
+        when: When::Always,
+        help: "Set what both processes log; INFO and DEBUG concern the components whose flag is set",
+        params: &[LEVEL],
+        rule: DECODE_INTERNAL,
+        handler: Handler::Later(log::set_level),
+        ..METHOD
+    },
+    Method {
+        name: "log_set_print_level",
+        when: When::Always,
+        help: "Set what of the log is printed on standard error, which is where all of it goes",
+        params: &[LEVEL],
+        rule: DECODE_INTERNAL,
+        handler: Handler::Later(log::set_print_level),
+        ..METHOD
+    },
+    Method {
+        name: "log_get_level",
+        when: When::Always,
+        help: "What both processes log",
+        rule: Rule::Absent("log_get_level requires no parameters"),
+        output: Output::Json,
+        handler: Handler::Now(log::get_level),
+        ..METHOD
+    },
+    Method {
+        name: "log_get_print_level",
+        when: When::Always,
+        help: "What of the log is printed",
+        rule: Rule::Absent("log_get_print_level requires no parameters"),
+        output: Output::Json,
+        handler: Handler::Now(log::get_print_level),
+        ..METHOD
+    },
+    Method {
+        name: "log_set_flag",
+        when: When::Always,
+        help: "Log INFO and DEBUG of a component",
+        params: &[LOG_FLAG],
+        rule: DECODE_INTERNAL,
+        handler: Handler::Later(log::set_flag),
+        ..METHOD
+    },
+    Method {
+        name: "log_clear_flag",
+        when: When::Always,
+        help: "Log no INFO and DEBUG of a component",
+        params: &[LOG_FLAG],
+        rule: DECODE_INTERNAL,
+        handler: Handler::Later(log::clear_flag),
+        ..METHOD
+    },
+    Method {
+        name: "log_get_flags",
+        when: When::Always,
+        help: "List the components that have a flag, and whether it is set",
+        rule: Rule::Absent("log_get_flags requires no parameters"),
+        output: Output::Json,
+        handler: Handler::Now(log::get_flags),
+        ..METHOD
+    },
+    Method {
+        name: "log_enable_timestamps",
+        help: "Begin the lines of the log with the time, or not",
+        params: &[Param {
+            name: "enabled",
+            kind: Kind::Flag,
+            mandatory: true,
+            options: &["-e", "--enable"],
+            off_options: &["-d", "--disable"],
+            help: "with the time or without",
+            ..PARAM
+        }],
+        rule: DECODE,
+        handler: Handler::Later(log::enable_timestamps),
+        ..METHOD
+    },
+    Method {
+        name: "notify_get_types",
+        help: "List the types of notifications",
+        rule: Rule::Absent("No parameters required"),
+        output: Output::Json,
+        handler: Handler::Now(notify::get_types),
+        ..METHOD
+    },
+    Method {
+        name: "notify_get_notifications",
+        help: "List what has happened; the newest 1024 notifications are kept",
+        params: &[
+            Param {
+                name: "id",
+                kind: Kind::Big,
+                options: &["-i", "--id"],
+                default: "0",
+                help: "number of the first one wanted",
+                ..PARAM
+            },
+            Param {
+                name: "max",
+                kind: Kind::Big,
+                options: &["-n", "--max"],
+                default: "all",
+                help: "how many at most",
+                ..PARAM
+            },
+        ],
+        rule: Rule::Strict(RpcError::INVALID_PARAMS, "Invalid argument"),
+        output: Output::Json,
+        handler: Handler::Now(notify::get_notifications),
         ..METHOD
     },
     Method {

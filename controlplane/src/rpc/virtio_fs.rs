@@ -11,7 +11,6 @@ use super::table::Answer;
 use crate::app::App;
 use crate::model::Changes;
 use crate::model::Device;
-use crate::model::DeviceState;
 use crate::model::Model;
 use crate::model::Transport;
 use crate::model::TransportKind;
@@ -225,7 +224,7 @@ fn device_config(device: &Device) -> Vec<Value> {
     if device.manager.is_some() || device.vuid.is_some() {
         requests.push(call("virtio_fs_doca_device_modify", function));
     }
-    if device.state() == DeviceState::Running {
+    if device.wanted {
         requests.push(call(
             "virtio_fs_device_start",
             json!({"dev_name": device.name}),
@@ -251,6 +250,16 @@ pub(super) fn config(app: &App) -> Vec<Value> {
         }
         if transport.started {
             requests.push(call("virtio_fs_transport_start", name));
+            let unwanted = model.platform().managers.first();
+            if let Some(manager) = unwanted
+                .filter(|_| transport.kind == TransportKind::Doca && model.managers().is_empty())
+            {
+                // The start creates it, and the operator has destroyed it.
+                requests.push(call(
+                    "virtio_fs_doca_manager_destroy",
+                    json!({"manager": manager.name}),
+                ));
+            }
         }
     }
     requests.extend(model.devices().iter().flat_map(device_config));

@@ -58,6 +58,10 @@ pub const FD_LIMIT: i32 = 0xff_ffff - 1;
 
 const SHARDS: usize = 64;
 
+/// A lock on its own cache line: cores that take different ones must not disturb each other.
+#[repr(align(64))]
+struct ShardLock(SpinMutex<()>);
+
 fn fd_of(state: u64) -> Option<i32> {
     let plus_one = (state & FD) >> FD_SHIFT;
     i32::try_from(plus_one)
@@ -92,7 +96,7 @@ struct Slot<R> {
 pub struct Table<R> {
     slots: Box<[Slot<R>]>,
     buckets: Box<[AtomicU32]>,
-    shards: [SpinMutex<()>; SHARDS],
+    shards: [ShardLock; SHARDS],
     /// Head of the list of freed slots, with a counter above it that defeats ABA.
     free: AtomicU64,
     /// The first slot that was never used.
@@ -108,7 +112,7 @@ impl<R: Record> Table<R> {
         Some(Table {
             slots: <[Slot<R>]>::new_box_zeroed_with_elems(slots).ok()?,
             buckets: <[AtomicU32]>::new_box_zeroed_with_elems(buckets).ok()?,
-            shards: [const { SpinMutex::new(()) }; SHARDS],
+            shards: [const { ShardLock(SpinMutex::new(())) }; SHARDS],
             free: AtomicU64::new(0),
             fresh: AtomicU32::new(1),
             live: AtomicU32::new(0),
@@ -297,7 +301,7 @@ impl<R: Record> Table<R> {
         Shard {
             table: self,
             bucket,
-            _guard: self.shards[bucket % SHARDS].lock(),
+            _guard: self.shards[bucket % SHARDS].0.lock(),
         }
     }
 }
@@ -363,6 +367,11 @@ impl<'a, R: Record> Pinned<'a, R> {
     /// Its id.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Its index, which no other live record has.
+    pub fn index(&self) -> u32 {
+        self.index
     }
 
     /// The record.

@@ -1,8 +1,8 @@
 //! Shared mappings of files that peers hand over: guest memory and the in-flight record.
 //!
 //! The length is checked against the file before it is mapped, so that an honest mistake is an error and not a signal. A
-//! peer could still truncate the file afterwards, and touching the lost pages raises `SIGBUS`; where the file can be sealed
-//! against that (memfds that allow it), it is sealed.
+//! peer could still shorten the file afterwards: where the file can be sealed against that (memfds that allow it), it is
+//! sealed, and where not, `sigbus` takes care of the lost pages.
 // UNSAFETY: mmap and munmap; the addresses never become Rust references.
 #![expect(unsafe_code, reason = "maps files and hands their addresses on")]
 
@@ -18,6 +18,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
 
+use super::sigbus::Registered;
 use crate::mem::{GuestMap, Iova, MapError, Mapping, Region};
 
 /// Why a file is not mapped.
@@ -49,6 +50,8 @@ pub struct SharedMap {
     /// Where the range that was asked for begins in the mapping.
     skip: usize,
     len: u64,
+    /// Until the memory is unmapped; `None` for the moment in between.
+    registered: Option<Registered>,
 }
 
 // SAFETY: an address range that this value owns until it is dropped.
@@ -92,12 +95,15 @@ impl SharedMap {
         protection.set(ProtFlags::PROT_WRITE, writable);
         // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
         let base = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &fd, start) }?;
-        let map = SharedMap {
+        let mut map = SharedMap {
             base,
             mapped,
             skip: (offset - from) as usize,
             len,
+            registered: None,
         };
+        let start = base.addr().get();
+        map.registered = Some(Registered::new(start, mapped, unit as usize)?);
         // SAFETY: the range was mapped right above. A core dump of this process must not hold the guest's memory.
         let _ = unsafe { madvise(base, mapped, MmapAdvise::MADV_DONTDUMP) };
         Ok(map)
@@ -122,6 +128,8 @@ impl SharedMap {
 
 impl Drop for SharedMap {
     fn drop(&mut self) {
+        // Before the addresses can belong to something else.
+        self.registered = None;
         // SAFETY: the mapping is this value's own, and whoever uses its addresses keeps it.
         let _ = unsafe { munmap(self.base, self.mapped) };
     }
@@ -230,5 +238,27 @@ mod tests {
         nix::unistd::ftruncate(&fd, 8192).unwrap();
         let _map = writable(&fd, 0, 8192).unwrap();
         assert_eq!(nix::unistd::ftruncate(&fd, 0), Err(Errno::EPERM));
+    }
+
+    #[test]
+    fn memory_that_a_peer_takes_away_reads_as_zeros() {
+        let fd = memfd_create("test", MFdFlags::empty()).unwrap();
+        nix::unistd::ftruncate(&fd, 2 * 4096).unwrap();
+        nix::sys::uio::pwrite(&fd, &[7; 2 * 4096], 0).unwrap();
+        let region = MappedRegion {
+            iova: Iova(0),
+            map: Arc::new(writable(&fd, 0, 2 * 4096).unwrap()),
+            writable: true,
+        };
+        let map = guest_map(&[region]).unwrap();
+        nix::unistd::ftruncate(&fd, 4096).unwrap();
+        let mut out = [1; 8192];
+        map.read(Iova(0), &mut out).unwrap();
+        assert_eq!(out[..4096], [7; 4096]);
+        assert_eq!(out[4096..], [0; 4096]);
+        let (lost, _) = map.translate_some(Iova(4096), 1, true).unwrap();
+        crate::mem::copy_out(&[9], lost);
+        map.read(Iova(4096), &mut out[..1]).unwrap();
+        assert_eq!(out[0], 9);
     }
 }

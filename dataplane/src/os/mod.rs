@@ -4,6 +4,7 @@ pub mod arena;
 pub mod eventfd;
 pub mod mmap;
 pub mod poller;
+mod sigbus;
 pub mod signal;
 pub mod socket;
 pub mod uring;

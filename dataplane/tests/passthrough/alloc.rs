@@ -189,7 +189,7 @@ fn mix(rig: &Rig, names: &Names, caller: &Caller<'_>, data: Segments<'_>) {
     for n in &names.files {
         fs.unlink(caller, ROOT, n).unwrap();
     }
-    fs.unmount();
+    rig.mount(u64::MAX);
 }
 
 #[test]

@@ -250,6 +250,25 @@ fn holes_are_punched_found_and_copied_over() {
 }
 
 #[test]
+fn holes_are_not_sought_while_the_guest_caches_writes() {
+    let rig = Rig::with(|spec| spec.enable_writeback_cache = true);
+    let (file, fh) = rig.create(ROOT, "f");
+    for (whence, expected) in [
+        (libc::SEEK_DATA, Err(Errno::ENOSYS)),
+        (libc::SEEK_HOLE, Err(Errno::ENOSYS)),
+        (libc::SEEK_END, Ok(0)),
+    ] {
+        let whence = whence as u32;
+        let arg = fuse_lseek_in {
+            fh,
+            whence,
+            ..Default::default()
+        };
+        assert_eq!(rig.fs.lseek(&root(), file.nodeid, &arg), expected);
+    }
+}
+
+#[test]
 fn flushing_and_syncing_work_on_every_node() {
     let rig = Rig::on_disk();
     let dir = rig.mkdir(ROOT, "d").unwrap().nodeid;

@@ -7,7 +7,7 @@ use ferry_dataplane::fsdev::passthrough::Passthrough;
 use ferry_dataplane::fuse::abi::*;
 use ferry_shared::errno::Errno;
 
-use crate::rig::{ROOT, Rig, host_flock, host_lock, name, root, spec};
+use crate::rig::{ROOT, Rig, host_flock, host_lock, mount, name, root, spec};
 
 const TO_END: u64 = i64::MAX as u64;
 const READ: i32 = libc::F_RDLCK;
@@ -102,6 +102,7 @@ fn another_device_and_the_host_are_in_the_way_too() {
         .unwrap();
     assert!(!host_lock(&host, READ));
     let other = Passthrough::new(&spec(&rig.top)).unwrap();
+    mount(&other, u64::MAX);
     let g = other.lookup(&root(), ROOT, &name("f")).unwrap().nodeid;
     let flags = libc::O_RDWR as u32;
     let gh = other
@@ -141,7 +142,7 @@ fn locks_go_with_flush_release_forget_and_unmount_and_wake_who_waits() {
         assert!(host_lock(&host, WRITE), "still locked after {when}");
         assert!(host_lock(&host, NONE));
     };
-    for when in ["unlock", "flush", "release", "forget", "unmount"] {
+    for when in ["unlock", "flush", "release", "close", "forget", "unmount"] {
         let id = rig.look(ROOT, "f").unwrap().nodeid;
         let fh = rig.open(id, libc::O_RDWR).unwrap();
         set(&rig, id, lk(fh, 1, WRITE, 0, 9)).unwrap();
@@ -174,8 +175,16 @@ fn locks_go_with_flush_release_forget_and_unmount_and_wake_who_waits() {
                 };
                 rig.fs.release(&root(), id, &arg).unwrap();
             }
+            // What the guest's kernel sends at the end of an open file description whose own locks (F_OFD_SETLK) it held.
+            "close" => {
+                let arg = fuse_release_in {
+                    fh,
+                    ..Default::default()
+                };
+                rig.fs.release(&root(), id, &arg).unwrap();
+            }
             "forget" => rig.fs.forget(id, u64::MAX),
-            _ => rig.fs.unmount(),
+            _ => rig.mount(u64::MAX),
         }
         assert_ne!(rig.fs.lock_epoch(), before, "{when}");
         assert_eq!(rig.fs.usage().2, 0, "{when}");

@@ -68,6 +68,17 @@ pub(crate) fn name(s: &str) -> CString {
     CString::new(s).unwrap()
 }
 
+/// Mounts with everything that is offered and in `mask`.
+pub(crate) fn mount(fs: &Passthrough, mask: u64) {
+    let offer = fs.offer();
+    let granted = Negotiated {
+        minor: 45,
+        flags: offer.flags & mask,
+        max_write: offer.max_write,
+    };
+    fs.mount(granted).unwrap();
+}
+
 /// A mounted passthrough. Paths under `top` are the export's; `outside` is next to it.
 pub(crate) struct Rig {
     pub(crate) fs: Passthrough,
@@ -110,14 +121,7 @@ impl Rig {
 
     /// Mounts with everything that is offered and in `mask`.
     pub(crate) fn mount(&self, mask: u64) {
-        let offer = self.fs.offer();
-        let flags = offer.flags & mask;
-        let granted = Negotiated {
-            minor: 45,
-            flags,
-            max_write: offer.max_write,
-        };
-        self.fs.mount(granted).unwrap();
+        mount(&self.fs, mask);
     }
 
     pub(crate) fn look(&self, dir: u64, n: &str) -> Result<fuse_entry_out, Errno> {

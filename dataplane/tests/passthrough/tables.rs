@@ -207,6 +207,7 @@ fn a_device_that_goes_takes_its_descriptors_along() {
     let rig = Rig::new();
     let other =
         ferry_dataplane::fsdev::passthrough::Passthrough::new(&crate::rig::spec(&rig.top)).unwrap();
+    crate::rig::mount(&other, u64::MAX);
     let fds = rig.fds();
     fs::write(rig.top.join("f"), "").unwrap();
     let f = other.lookup(&root(), ROOT, c"f").unwrap().nodeid;

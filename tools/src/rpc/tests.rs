@@ -65,7 +65,7 @@ impl Service {
     fn start(name: &str, wait_for_rpc: bool) -> Service {
         let directory = directory(name);
         let (stop, stopped) = oneshot::channel::<()>();
-        let endpoint = Endpoint::bind(&directory.join("rpc.sock"), 0o600).unwrap();
+        let endpoint = Endpoint::bind(&directory.join("rpc.sock"), 0o600, None).unwrap();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -78,7 +78,7 @@ impl Service {
                     app.advance(Phase::Ready);
                 }
                 tokio::select! {
-                    served = endpoint.serve(app) => panic!("{served:?}"),
+                    served = endpoint.serve(app, &[]) => panic!("{served:?}"),
                     _ = stopped => {}
                 }
             });

@@ -51,6 +51,21 @@ pub struct Args {
     /// Script of commands to run after the start
     #[arg(long, value_name = "FILE", env = "SPDK_RPC_INIT_CONF")]
     pub init_conf: Option<PathBuf>,
+    /// Directory in which what the operator asks for is kept across restarts [default: nothing is kept]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Start from the state directory, and keep nothing new there
+    #[arg(long)]
+    pub no_autosave: bool,
+    /// Mode of the RPC socket, octal [default: 600, with --socket-group 660]
+    #[arg(long, value_name = "MODE")]
+    pub socket_mode: Option<String>,
+    /// Group of the RPC socket
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
+    /// Methods that members of a group may call, as GROUP:METHOD,METHOD or GROUP:*; may be given several times
+    #[arg(long, value_name = "RULE")]
+    pub allow: Vec<String>,
     /// User that the control plane runs as when root starts it [default: nobody]
     #[arg(long, value_name = "USER")]
     pub control_user: Option<String>,
@@ -105,6 +120,15 @@ impl Args {
             wait_for_rpc: self.wait_for_rpc || other.wait_for_rpc,
             rpcs_allowed: self.rpcs_allowed.or(other.rpcs_allowed),
             init_conf: self.init_conf.or(other.init_conf),
+            state_dir: self.state_dir.or(other.state_dir),
+            no_autosave: self.no_autosave || other.no_autosave,
+            socket_mode: self.socket_mode.or(other.socket_mode),
+            socket_group: self.socket_group.or(other.socket_group),
+            allow: if self.allow.is_empty() {
+                other.allow
+            } else {
+                self.allow
+            },
             control_user: self.control_user.or(other.control_user),
         }
     }
@@ -142,6 +166,13 @@ impl Args {
         line.flag("--json-ignore-init-errors", self.json_ignore_init_errors);
         line.flag("--wait-for-rpc", self.wait_for_rpc);
         line.option("--rpcs-allowed", self.rpcs_allowed.as_ref());
+        line.option("--state-dir", self.state_dir.as_ref());
+        line.flag("--no-autosave", self.no_autosave);
+        line.option("--socket-mode", self.socket_mode.as_ref());
+        line.option("--socket-group", self.socket_group.as_ref());
+        for rule in &self.allow {
+            line.option("--allow", Some(rule));
+        }
         line.0
     }
 

@@ -49,6 +49,16 @@ fn each_process_gets_its_own_flags() {
         "a,b",
         "--init-conf",
         "/i",
+        "--state-dir",
+        "/var/lib/f",
+        "--no-autosave",
+        "--socket-mode",
+        "660",
+        "--socket-group",
+        "ops",
+        "--allow",
+        "ops:*",
+        "--allow=7:spdk_get_version",
     ]);
     let dataplane = words(args.for_dataplane(Some(65534)));
     let expected = [
@@ -68,6 +78,12 @@ fn each_process_gets_its_own_flags() {
         "--json-ignore-init-errors",
         "--wait-for-rpc",
         "--rpcs-allowed=a,b",
+        "--state-dir=/var/lib/f",
+        "--no-autosave",
+        "--socket-mode=660",
+        "--socket-group=ops",
+        "--allow=ops:*",
+        "--allow=7:spdk_get_version",
     ];
     assert_eq!(controlplane, expected);
     let files = [

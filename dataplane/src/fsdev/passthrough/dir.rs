@@ -41,7 +41,7 @@ fn bare_entry(ino: u64, kind: u8) -> fuse_entry_out {
 
 impl Passthrough {
     pub(super) fn do_opendir(&self, nodeid: u64) -> Result<fuse_open_out, Errno> {
-        let session = self.session();
+        let session = self.session()?;
         let node = self.inodes.get(nodeid)?;
         node.expect_dir()?;
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;

@@ -138,7 +138,7 @@ impl Passthrough {
         flags: u32,
         open_flags: u32,
     ) -> Result<fuse_open_out, Errno> {
-        let session = self.session();
+        let session = self.session()?;
         let node = self.inodes.get(nodeid)?;
         expect_regular(node.kind())?;
         let fd = self.open_regular(node.fd(), flags, open_flags)?;
@@ -152,7 +152,7 @@ impl Passthrough {
         name: &CStr,
         arg: &fuse_create_in,
     ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
-        let session = self.session();
+        let session = self.session()?;
         let dir = self.inodes.get(nodeid)?;
         dir.expect_dir()?;
         let flags = self.host_flags(arg.flags as i32)? | libc::O_CREAT | libc::O_EXCL;
@@ -229,7 +229,7 @@ impl Passthrough {
         nodeid: u64,
         arg: &fuse_create_in,
     ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
-        let session = self.session();
+        let session = self.session()?;
         let dir = self.inodes.get(nodeid)?;
         dir.expect_dir()?;
         let guest = arg.flags as i32;
@@ -327,6 +327,9 @@ impl Passthrough {
         if arg.release_flags & FUSE_RELEASE_FLUSH != 0 {
             self.locks.drop_owner(nodeid, arg.lock_owner);
         }
+        if file.handle().has(handle::LOCKED) {
+            self.locks.drop_handle(nodeid, arg.fh);
+        }
         if arg.release_flags & FUSE_RELEASE_FLOCK_UNLOCK != 0 && file.handle().has(handle::FLOCKED)
         {
             // At the latest the close below does it.
@@ -397,6 +400,17 @@ impl Passthrough {
         sys::copy_range(from.fd(), arg.off_in, to.fd(), arg.off_out, len)
     }
 
+    pub(super) fn do_lseek(&self, nodeid: u64, arg: &fuse_lseek_in) -> Result<u64, Errno> {
+        let file = self.handles.file(arg.fh, nodeid)?;
+        let data_or_hole = [libc::SEEK_DATA as u32, libc::SEEK_HOLE as u32];
+        if data_or_hole.contains(&arg.whence) && self.has(FUSE_WRITEBACK_CACHE) {
+            // What the guest has not written back yet would look like a hole, and a copy would lose it. Linux answers by
+            // itself after this.
+            return Err(Errno::ENOSYS);
+        }
+        sys::seek(file.fd(), arg.offset, arg.whence)
+    }
+
     pub(super) fn do_poll(&self, nodeid: u64, arg: &fuse_poll_in) -> Result<u32, Errno> {
         self.handles.any(arg.fh, nodeid)?;
         let ready = libc::POLLIN | libc::POLLOUT | libc::POLLRDNORM | libc::POLLWRNORM;
@@ -429,7 +443,7 @@ impl Passthrough {
     }
 
     pub(super) fn do_setlk(&self, nodeid: u64, arg: &fuse_lk_in) -> Result<(), Errno> {
-        let session = self.session();
+        let session = self.session()?;
         let file = self.handles.any(arg.fh, nodeid)?;
         let wanted = lock::to_range(&arg.lk)?;
         if arg.lk_flags & FUSE_LK_FLOCK != 0 {
@@ -451,10 +465,13 @@ impl Passthrough {
                 opened => opened,
             }
         };
-        self.locks
-            .set(nodeid, arg.owner, arg.lk.pid, wanted, open)?;
+        if wanted.kind != libc::F_UNLCK {
+            file.handle().set(handle::LOCKED);
+        }
+        self.locks.set(nodeid, arg, wanted, open)?;
         if self.has_ended(session) {
             self.locks.drop_owner(nodeid, arg.owner);
+            return Err(Errno::ENOTCONN);
         }
         Ok(())
     }

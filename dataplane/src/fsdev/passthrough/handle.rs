@@ -20,6 +20,8 @@ pub(super) const DIR: u32 = 1 << 0;
 pub(super) const DIRECT: u32 = 1 << 1;
 /// Was locked with flock(2).
 pub(super) const FLOCKED: u32 = 1 << 2;
+/// Ranges were locked through it.
+pub(super) const LOCKED: u32 = 1 << 3;
 
 /// The position of a directory that is not known.
 const UNKNOWN: u64 = u64::MAX;

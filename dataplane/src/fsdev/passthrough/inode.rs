@@ -2,7 +2,7 @@
 //!
 //! An inode is *hot* while an `O_PATH` descriptor holds it and *cold* when only its kernel file handle is kept; a cold one
 //! is reopened when it is used. A clock over the hot ones keeps their number within a budget. Inodes without
-//! a usable handle (their file system has none, it is too long, or they have no name left) stay hot.
+//! a usable handle (their file system has none, or they have no name left) stay hot.
 //!
 //! Known inodes are found by device, inode number and mount. A hot inode cannot lose its number to another one, because its
 //! descriptor holds it. A cold one can, so meeting it again costs a comparison of file handles.
@@ -61,8 +61,14 @@ pub(super) struct Inode {
     handle_bytes: AtomicU32,
     handle_kind: AtomicI32,
     _pad: u32,
-    handle: [AtomicU64; FileHandle::MAX / 8],
+    handle: [AtomicU64; INLINE / 8],
 }
+
+/// Bytes of a file handle that are kept in the record: local file systems need no more.
+const INLINE: usize = 32;
+
+/// The rest of a long file handle, such as a network file system's.
+type Tail = [AtomicU64; (FileHandle::MAX - INLINE) / 8];
 
 impl Record for Inode {
     fn retire(&self, fd: i32) {
@@ -88,13 +94,14 @@ impl Inode {
         }
     }
 
-    fn handle(&self) -> Option<FileHandle> {
+    fn handle(&self, tail: &Tail) -> Option<FileHandle> {
         let bytes = self.handle_bytes.load(Acquire);
         if bytes == 0 {
             return None;
         }
         let mut data = [0u8; FileHandle::MAX];
-        for (to, from) in data.chunks_exact_mut(8).zip(&self.handle) {
+        let words = self.handle.iter().chain(tail);
+        for (to, from) in data.chunks_exact_mut(8).zip(words).take(words_of(bytes)) {
             to.copy_from_slice(&from.load(Relaxed).to_ne_bytes());
         }
         Some(FileHandle {
@@ -104,14 +111,20 @@ impl Inode {
         })
     }
 
-    fn set_handle(&self, handle: &FileHandle) {
-        for (to, from) in self.handle.iter().zip(handle.data.as_chunks::<8>().0) {
+    fn set_handle(&self, handle: &FileHandle, tail: &Tail) {
+        let words = self.handle.iter().chain(tail);
+        let data = handle.data.as_chunks::<8>().0;
+        for (to, from) in words.zip(data).take(words_of(handle.bytes)) {
             to.store(u64::from_ne_bytes(*from), Relaxed);
         }
         self.handle_kind.store(handle.kind, Relaxed);
         // Pairs with the acquire in `handle`.
         self.handle_bytes.store(handle.bytes, Release);
     }
+}
+
+fn words_of(bytes: u32) -> usize {
+    (bytes as usize).div_ceil(8)
 }
 
 /// An inode in use, and its descriptor.
@@ -224,6 +237,8 @@ enum Known<'a> {
 /// All inodes of a device.
 pub(super) struct Inodes {
     table: Table<Inode>,
+    /// By index of the table; those that are never written cost no memory.
+    tails: Box<[Tail]>,
     mounts: Mounts,
     ring: SpinMutex<Ring>,
 }
@@ -243,8 +258,10 @@ impl Inodes {
         let stat = sys::stat_fd(root.raw())?;
         let table = Table::new(capacity, capacity).ok_or(Errno::ENOMEM)?;
         let slots = <[u64]>::new_box_zeroed_with_elems(hot.max(1) as usize);
+        let tails = <[Tail]>::new_box_zeroed_with_elems((capacity as usize).saturating_add(1));
         let inodes = Inodes {
             table,
+            tails: tails.map_err(|_| Errno::ENOMEM)?,
             mounts: Mounts::new(),
             ring: SpinMutex::new(Ring {
                 slots: slots.map_err(|_| Errno::ENOMEM)?,
@@ -296,7 +313,7 @@ impl Inodes {
 
     fn warm(&self, pin: &Pinned<'_, Inode>) -> Result<i32, Errno> {
         let inode = pin.record();
-        let handle = inode.handle().ok_or(Errno::ESTALE)?;
+        let handle = self.handle_of(pin).ok_or(Errno::ESTALE)?;
         let mount = self
             .mounts
             .get(inode.mnt.load(Relaxed))
@@ -361,14 +378,22 @@ impl Inodes {
         if !sys::stat_fd(fd).is_ok_and(|stat| stat.stx_nlink > 0) {
             return false;
         }
-        if pin.record().handle().is_none() {
-            match sys::file_handle(fd, c"") {
-                Ok(handle) => pin.record().set_handle(&handle),
-                Err(_) => return false,
+        if self.handle_of(pin).is_none() {
+            match (sys::file_handle(fd, c""), self.tail_of(pin)) {
+                (Ok(handle), Some(tail)) => pin.record().set_handle(&handle, tail),
+                _ => return false,
             }
         }
         pin.chill();
         true
+    }
+
+    fn tail_of(&self, pin: &Pinned<'_, Inode>) -> Option<&Tail> {
+        self.tails.get(pin.index() as usize)
+    }
+
+    fn handle_of(&self, pin: &Pinned<'_, Inode>) -> Option<FileHandle> {
+        pin.record().handle(self.tail_of(pin)?)
     }
 
     fn known(&self, key: &Key, kind: u32) -> Known<'_> {
@@ -410,7 +435,7 @@ impl Inodes {
                 Known::Counted(id) => return Ok((id, stat)),
                 Known::Cold(pin) => {
                     let now = sys::file_handle(dir, name);
-                    if now.is_ok() && now.ok() == pin.record().handle() {
+                    if now.is_ok() && now.ok() == self.handle_of(&pin) {
                         if self.count(&pin) {
                             return Ok((pin.id(), stat));
                         }
@@ -439,7 +464,7 @@ impl Inodes {
                 Known::Counted(id) => return Ok(id),
                 Known::Cold(pin) => {
                     let now = sys::file_handle(fd.raw(), c"");
-                    if now.is_ok() && now.ok() == pin.record().handle() {
+                    if now.is_ok() && now.ok() == self.handle_of(&pin) {
                         if self.count(&pin) {
                             self.install(&pin, fd);
                             return Ok(pin.id());
@@ -518,6 +543,32 @@ impl Drop for Inodes {
         self.clear();
         if let Ok(root) = self.table.pin_quietly(FUSE_ROOT_ID) {
             root.kill();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_handles_of_every_length_are_kept() {
+        for bytes in [1, 8, 12, 31, 32, 33, 84, 128u32] {
+            let mut handle = FileHandle {
+                bytes,
+                kind: 3,
+                data: [0; FileHandle::MAX],
+            };
+            for (at, byte) in handle.data.iter_mut().enumerate().take(bytes as usize) {
+                *byte = at as u8 + 1;
+            }
+            let inode = Inode::new_zeroed();
+            let tail = Tail::new_zeroed();
+            assert_eq!(inode.handle(&tail), None);
+            inode.set_handle(&handle, &tail);
+            assert_eq!(inode.handle(&tail), Some(handle));
+            let untouched = bytes <= 32;
+            assert_eq!(tail.iter().all(|word| word.load(Relaxed) == 0), untouched);
         }
     }
 }

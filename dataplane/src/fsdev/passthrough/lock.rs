@@ -14,7 +14,7 @@ use zerocopy::FromZeros;
 
 use super::sys::{self, Fd, RangeLock};
 use crate::fsdev::table::{Pinned, Record, Table};
-use crate::fuse::abi::fuse_file_lock;
+use crate::fuse::abi::{fuse_file_lock, fuse_lk_in};
 
 /// Counts the occasions on which a lock may have been released, in any device.
 static EPOCH: AtomicU64 = AtomicU64::new(0);
@@ -37,6 +37,8 @@ const END_OF_FILE: u64 = i64::MAX as u64;
 pub(super) struct Owner {
     nodeid: AtomicU64,
     owner: AtomicU64,
+    /// The open file through which it locked last.
+    fh: AtomicU64,
     /// The process in the guest that locked last.
     pid: AtomicI32,
     _pad: AtomicU32,
@@ -125,6 +127,7 @@ impl Locks {
         let vacant = self.table.reserve().ok_or(Errno::ENOLCK)?;
         vacant.record().nodeid.store(nodeid, Relaxed);
         vacant.record().owner.store(owner, Relaxed);
+        vacant.record().fh.store(0, Relaxed);
         vacant.record().pid.store(0, Relaxed);
         let pin = vacant.publish(Some(fd.into_raw()));
         shard.link(&pin);
@@ -135,11 +138,11 @@ impl Locks {
     pub(super) fn set(
         &self,
         nodeid: u64,
-        owner: u64,
-        pid: u32,
+        arg: &fuse_lk_in,
         lock: RangeLock,
         open: impl FnOnce() -> Result<Fd, Errno>,
     ) -> Result<(), Errno> {
+        let owner = arg.owner;
         if lock.kind == libc::F_UNLCK {
             let Some(found) = self.find(nodeid, owner) else {
                 return Ok(());
@@ -153,7 +156,8 @@ impl Locks {
         }
         let found = self.find_or_add(nodeid, owner, open)?;
         sys::set_range_lock(found.fd().ok_or(Errno::ENOLCK)?, lock)?;
-        found.record().pid.store(pid as i32, Relaxed);
+        found.record().fh.store(arg.fh, Relaxed);
+        found.record().pid.store(arg.lk.pid as i32, Relaxed);
         Ok(())
     }
 
@@ -209,6 +213,12 @@ impl Locks {
         if let Some(found) = self.find(nodeid, owner) {
             self.table.lock(hash(nodeid, owner)).remove(&found);
         }
+    }
+
+    /// Drops what was locked through an open file that goes away. Locks of processes have ended by then, with FLUSH;
+    /// those of open file descriptions (`F_OFD_SETLK` in the guest) end here.
+    pub(super) fn drop_handle(&self, nodeid: u64, fh: u64) {
+        self.sweep(|owner| owner.nodeid.load(Relaxed) == nodeid && owner.fh.load(Relaxed) == fh);
     }
 
     /// Drops all locks on an inode.

@@ -1,7 +1,7 @@
 //! The `aio` file-system device: a directory of this machine.
 //!
-//! Owns everything that a guest can name in the export: inodes ([`inode`]), open files ([`handle`]), lock owners
-//! ([`lock`]). Called by the dispatcher from any core and from helper threads; nothing here allocates after
+//! Owns everything that a guest can name in the export: inodes (`inode`), open files (`handle`), lock owners
+//! (`lock`). Called by the dispatcher from any core and from helper threads; nothing here allocates after
 //! [`Passthrough::new`].
 //!
 //! # What keeps a guest inside
@@ -14,7 +14,7 @@
 //! # Who acts
 //!
 //! The guest's kernel checks permissions (virtio-fs mounts have `default_permissions`), so most operations run as the
-//! service. What creates an inode, and ACCESS, runs as the caller ([`identity`]), so that owner, group, mode and ACLs come
+//! service. What creates an inode, and ACCESS, runs as the caller (`identity`), so that owner, group, mode and ACLs come
 //! out as the host's kernel would make them.
 
 mod attr;
@@ -34,7 +34,7 @@ use alloc::ffi::CString;
 use alloc::format;
 use core::ffi::CStr;
 use core::sync::atomic::AtomicU64;
-use core::sync::atomic::Ordering::{Relaxed, SeqCst};
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use core::sync::atomic::fence;
 
 use ferry_shared::errno::Errno;
@@ -83,7 +83,7 @@ pub struct Passthrough {
     inodes: Inodes,
     /// INIT flags of the mount.
     granted: AtomicU64,
-    /// Goes up with every end of a mount.
+    /// Odd while there is a mount; goes up when one begins or ends.
     session: AtomicU64,
     spec: AioSpec,
     /// The export is on a file system that can stall.
@@ -139,9 +139,13 @@ impl Passthrough {
         self.granted.load(Relaxed) & flag != 0
     }
 
-    /// The mount that an operation belongs to, to ask [`Passthrough::has_ended`] later.
-    fn session(&self) -> u64 {
-        self.session.load(Relaxed)
+    /// The mount that an operation belongs to, to ask [`Passthrough::has_ended`] later. Whatever adds to a table begins with
+    /// this.
+    fn session(&self) -> Result<u64, Errno> {
+        match self.session.load(Acquire) {
+            session if session & 1 != 0 => Ok(session),
+            _ => Err(Errno::ENOTCONN),
+        }
     }
 
     /// Whether the mount has ended, so that what was just added to a table may have been missed by the sweep.
@@ -205,11 +209,13 @@ impl FsDev for Passthrough {
     fn mount(&self, negotiated: Negotiated) -> Result<(), Errno> {
         self.unmount();
         self.granted.store(negotiated.flags, Relaxed);
+        self.session.fetch_or(1, Release);
         Ok(())
     }
 
     fn unmount(&self) {
-        self.session.fetch_add(1, Relaxed);
+        let next = |session: u64| (session | 1).wrapping_add(1);
+        self.session.update(Relaxed, Relaxed, next);
         // Pairs with the fence in `has_ended`.
         fence(SeqCst);
         self.locks.clear();
@@ -510,8 +516,7 @@ impl FsDev for Passthrough {
     }
 
     fn lseek(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_lseek_in) -> Result<u64, Errno> {
-        let file = self.handles.file(arg.fh, nodeid)?;
-        sys::seek(file.fd(), arg.offset, arg.whence)
+        self.do_lseek(nodeid, arg)
     }
 
     fn copy_file_range(

@@ -55,8 +55,24 @@ impl Passthrough {
         mnt: u64,
         name: &CStr,
     ) -> Result<fuse_entry_out, Errno> {
+        let session = self.session()?;
         let (nodeid, stat) = self.inodes.lookup(fd, name)?;
-        Ok(self.entry(nodeid, &stat, mnt))
+        self.found(nodeid, &stat, mnt, session)
+    }
+
+    /// As [`Passthrough::entry`]; takes the lookup back when the mount has ended meanwhile.
+    fn found(
+        &self,
+        nodeid: u64,
+        stat: &Stat,
+        mnt: u64,
+        session: u64,
+    ) -> Result<fuse_entry_out, Errno> {
+        if self.has_ended(session) {
+            self.do_forget(nodeid, 1);
+            return Err(Errno::ENOTCONN);
+        }
+        Ok(self.entry(nodeid, stat, mnt))
     }
 
     pub(super) fn do_lookup(&self, nodeid: u64, name: &CStr) -> Result<fuse_entry_out, Errno> {
@@ -96,13 +112,14 @@ impl Passthrough {
         if nodeid == FUSE_ROOT_ID {
             return self.lookup_self(node);
         }
+        let session = self.session()?;
         let parent = self.inodes.with_fds(|| sys::open_parent(node.fd()))?;
         let stat = sys::stat_fd(parent.raw())?;
         if !self.is_inside(parent.raw(), &stat)? {
             return Err(Errno::ESTALE);
         }
         let nodeid = self.inodes.intern(parent, &stat)?;
-        Ok(self.entry(nodeid, &stat, stat.stx_mnt_id))
+        self.found(nodeid, &stat, stat.stx_mnt_id, session)
     }
 
     fn is_inside(&self, dir: i32, stat: &Stat) -> Result<bool, Errno> {

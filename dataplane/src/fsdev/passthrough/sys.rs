@@ -172,7 +172,7 @@ pub(super) fn stat_fd_with(fd: i32, sync: u32, mask: u32) -> Result<Stat, Errno>
     statx(fd, EMPTY, libc::AT_EMPTY_PATH | sync, mask)
 }
 
-/// A kernel file handle that is short enough to keep.
+/// A kernel file handle.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileHandle {
@@ -182,10 +182,11 @@ pub(super) struct FileHandle {
 }
 
 impl FileHandle {
-    pub(super) const MAX: usize = 32;
+    /// The longest one (`MAX_HANDLE_SZ`).
+    pub(super) const MAX: usize = 128;
 }
 
-/// The file handle of a component (or, with an empty name, of `fd` itself). `EOVERFLOW` when it is too long to keep.
+/// The file handle of a component (or, with an empty name, of `fd` itself).
 pub(super) fn file_handle(fd: i32, name: &CStr) -> Result<FileHandle, Errno> {
     let mut handle = FileHandle {
         bytes: FileHandle::MAX as u32,

@@ -8,24 +8,21 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use ferry_shared::limits::{MAX_MEMORY_REGIONS, MAX_RING_SIZE};
+use ferry_shared::limits::MAX_MEMORY_REGIONS;
 
 use super::error::PeerError;
 use super::frame::Message;
 use super::memory::MemoryTable;
+use super::record::Record;
 use super::ring::{Base, Ring, event, self_kick};
 use super::wire::{
-    ConfigHeader, F_PROTOCOL_FEATURES, INFLIGHT_MIN, Inflight, MAX_CONFIG, MAX_TABLE_REGIONS,
-    MemRegion, MemRegionMsg, MemTable, ProtocolFeatures, Request, VRING_INDEX_MASK, VRING_NOFD,
-    VringAddr, VringState,
+    ConfigHeader, F_PROTOCOL_FEATURES, MAX_CONFIG, MAX_TABLE_REGIONS, MemRegion, MemRegionMsg,
+    MemTable, ProtocolFeatures, Request, VRING_INDEX_MASK, VRING_NOFD, VringAddr, VringState,
 };
 use crate::engine::{Cores, QueueIdx};
-use crate::mem::{GuestMap, Iova};
 use crate::os::eventfd::EventFd;
-use crate::os::mmap::{MappedRegion, SharedMap, guest_map, new_memfd};
 use crate::transport::running::{Notice, QueueSetup, RunningQueues};
 use crate::virtio::device::{DeviceModel, StatusEffect};
-use crate::virtio::inflight::{InflightQueue, queue_record_len};
 
 /// The parts of the device that a message can act on.
 pub(super) struct Device<'a> {
@@ -62,14 +59,6 @@ pub(super) enum Wait {
     Memory,
     /// The device is to be reset.
     Reset,
-}
-
-/// The in-flight record that the front end keeps.
-#[derive(Debug)]
-struct Record {
-    map: Arc<GuestMap>,
-    queues: u16,
-    queue_size: u16,
 }
 
 /// A front end's session.
@@ -153,8 +142,14 @@ impl Conn {
                 let (_, _) = config_area(m)?;
                 Ok(Answer::Ack)
             }
-            Request::GetInflightFd => create_record(m, device.model),
-            Request::SetInflightFd => self.set_record(m),
+            Request::GetInflightFd => {
+                let (payload, fd) = Record::create(m, device.model)?;
+                Ok(Answer::Reply(payload, fd))
+            }
+            Request::SetInflightFd => {
+                self.record = Some(Record::adopt(m)?);
+                Ok(Answer::Ack)
+            }
             Request::SetStatus => self.set_status(m.read()?, device),
             Request::GetStatus => Ok(Answer::number(device.model.status().bits().into())),
             Request::ResetDevice | Request::ResetOwner => Ok(self.reset(device)),
@@ -383,11 +378,10 @@ impl Conn {
         queue.desc = self.memory.guest_address(addr.desc)?;
         queue.avail = self.memory.guest_address(addr.avail)?;
         queue.used = self.memory.guest_address(addr.used)?;
-        let state = ring.start_state(packed, device.queues.map(), queue.used)?;
+        let places = (queue.desc, queue.used);
+        let state = ring.start_state(packed, device.queues.map(), places)?;
         let inflight = match &self.record {
-            Some(record) if !packed && idx.0 < record.queues => {
-                Some(InflightQueue::new(&record.map, idx.0, record.queue_size)?)
-            }
+            Some(record) if !packed => record.queue(idx)?,
             _ => None,
         };
         Ok(QueueSetup {
@@ -422,32 +416,6 @@ impl Conn {
             num,
         };
         Answer::Reply(state.as_bytes().to_vec(), None)
-    }
-
-    fn set_record(&mut self, m: &mut Message) -> Result<Answer, PeerError> {
-        let wanted = inflight_payload(m)?;
-        let fd = m.one_fd()?;
-        let bad = PeerError::Inflight {
-            size: wanted.mmap_size,
-            queues: wanted.num_queues,
-            queue_size: wanted.queue_size,
-        };
-        let need = queue_record_len(wanted.queue_size) as u64 * u64::from(wanted.num_queues);
-        if wanted.mmap_size < need || u32::from(wanted.queue_size) > MAX_RING_SIZE {
-            return Err(bad);
-        }
-        let file = SharedMap::new(&fd, wanted.mmap_offset, wanted.mmap_size, true)?;
-        let region = MappedRegion {
-            iova: Iova(0),
-            map: Arc::new(file),
-            writable: true,
-        };
-        self.record = Some(Record {
-            map: Arc::new(guest_map(&[region])?),
-            queues: wanted.num_queues,
-            queue_size: wanted.queue_size,
-        });
-        Ok(Answer::Ack)
     }
 
     fn set_status(&mut self, bits: u64, device: &mut Device<'_>) -> Result<Answer, PeerError> {
@@ -554,54 +522,4 @@ fn get_config(m: &Message, model: &DeviceModel) -> Result<Answer, PeerError> {
     let mut area = vec![0; len];
     model.read_config(header.offset.into(), &mut area);
     Ok(Answer::Reply([header.as_bytes(), &area].concat(), None))
-}
-
-/// The in-flight payload, with or without the padding at its end.
-fn inflight_payload(m: &Message) -> Result<Inflight, PeerError> {
-    let mut bytes = [0; size_of::<Inflight>()];
-    match m.payload.len() {
-        n @ (INFLIGHT_MIN | 24) => {
-            if let Some(to) = bytes.get_mut(..n) {
-                to.copy_from_slice(&m.payload);
-            }
-            Ok(zerocopy::transmute!(bytes))
-        }
-        size => Err(PeerError::Size {
-            request: m.request,
-            size,
-        }),
-    }
-}
-
-/// Makes the memory for an in-flight record. Packed rings have none.
-fn create_record(m: &Message, model: &DeviceModel) -> Result<Answer, PeerError> {
-    let wanted = inflight_payload(m)?;
-    let (queues, queue_size) = (wanted.num_queues, wanted.queue_size);
-    let known = queues <= model.num_queues() && u32::from(queue_size) <= MAX_RING_SIZE;
-    let mut size = queue_record_len(queue_size) as u64 * u64::from(queues);
-    if !known {
-        return Err(PeerError::Inflight {
-            size,
-            queues,
-            queue_size,
-        });
-    }
-    if model.packed() {
-        size = 0;
-    }
-    let fd = match size {
-        0 => None,
-        _ => Some(new_memfd("ferry-inflight", size).map_err(PeerError::Fd)?),
-    };
-    let reply = Inflight {
-        mmap_size: size,
-        mmap_offset: 0,
-        num_queues: queues,
-        queue_size,
-        padding: 0,
-    };
-    // The reply is as long as the request.
-    let bytes = reply.as_bytes();
-    let bytes = bytes.get(..m.payload.len()).unwrap_or(bytes);
-    Ok(Answer::Reply(bytes.to_vec(), fd))
 }

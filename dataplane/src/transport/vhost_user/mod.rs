@@ -8,12 +8,14 @@ mod conn;
 mod error;
 mod frame;
 mod memory;
+mod record;
 mod ring;
 pub mod wire;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use zerocopy::IntoBytes;
 
@@ -25,6 +27,7 @@ use self::conn::{Answer, Conn, Device, Wait};
 use self::error::PeerError;
 use self::frame::{Assembler, Incoming, Message};
 use self::wire::{FLAG_REPLY, Header, Request, VERSION};
+use super::log_gate::LogGate;
 use super::running::{Notice, RunningQueues};
 use crate::engine::{CoreEvent, Cores, DeviceId};
 use crate::os::poller::{Poller, Token};
@@ -77,6 +80,7 @@ pub struct VhostUser {
     model: DeviceModel,
     queues: RunningQueues,
     state: State,
+    log: LogGate,
 }
 
 impl VhostUser {
@@ -96,6 +100,7 @@ impl VhostUser {
             queues: RunningQueues::new(id, model.num_queues()),
             model,
             state: State::Listening,
+            log: LogGate::new(Instant::now()),
         };
         device.listen().map_err(|e| {
             Failure::new(
@@ -138,7 +143,6 @@ impl VhostUser {
         }
         // One front end at a time; the next waits in the backlog.
         let _ = self.poller.remove(&self.listener);
-        tracing::info!(device = %self.name, "a front end has connected");
         self.state = State::Connected(Box::new(Link {
             stream,
             assembler: Assembler::default(),
@@ -160,10 +164,7 @@ impl VhostUser {
             match link.assembler.next(&link.stream) {
                 Ok(Incoming::Nothing) => return,
                 Ok(Incoming::Message(message)) => self.obey(message, cores),
-                Ok(Incoming::Closed) => {
-                    tracing::info!(device = %self.name, "the front end has left");
-                    return self.hang_up(cores);
-                }
+                Ok(Incoming::Closed) => return self.hang_up(cores),
                 Err(error) => return self.give_up(error, cores),
             }
         }
@@ -191,7 +192,9 @@ impl VhostUser {
             }
             Ok(answer) => self.answer(request, need_reply, answer, cores),
             Err(error) if need_reply && link.conn.acks() && error.can_be_refused() => {
-                tracing::warn!(device = %self.name, ?request, %error, "refused what the front end asked for");
+                if let Some(left_out) = self.log.admit(Instant::now()) {
+                    tracing::warn!(device = %self.name, left_out, ?request, %error, "refused what the front end asked for");
+                }
                 self.send(request, &1u64.to_ne_bytes(), None, cores);
             }
             Err(error) => self.give_up(error, cores),
@@ -240,7 +243,9 @@ impl VhostUser {
     }
 
     fn give_up(&mut self, error: PeerError, cores: &mut dyn Cores) {
-        tracing::warn!(device = %self.name, %error, "closing the front end's connection");
+        if let Some(left_out) = self.log.admit(Instant::now()) {
+            tracing::warn!(device = %self.name, left_out, %error, "closing the front end's connection");
+        }
         self.hang_up(cores);
     }
 
@@ -278,7 +283,6 @@ impl VhostUser {
             return;
         };
         if let Notice::Failed(index) = notice {
-            tracing::warn!(device = %self.name, queue = index.0, "the driver broke the rules of a ring; it needs a reset");
             self.model.set_needs_reset();
             if let State::Connected(link) = &self.state {
                 link.conn.ring_failed(index);

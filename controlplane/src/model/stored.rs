@@ -1,0 +1,288 @@
+//! What of the model is kept on disk, and a model made of it.
+//!
+//! Requests under way count as not made: they have not been acknowledged. What is read is checked like what an operator
+//! asks for, so a file that an older version has written cannot bring the model into a state that has no rules.
+
+use ferry_shared::errno::Errno;
+use ferry_shared::msg;
+use ferry_shared::msg::AioSpec;
+use ferry_shared::msg::Attach;
+use ferry_shared::msg::DeviceSpec;
+use ferry_shared::msg::Failure;
+use ferry_shared::msg::FsdevKind;
+use ferry_shared::msg::FsdevSpec;
+
+use super::Changes;
+use super::Device;
+use super::DeviceState;
+use super::Fsdev;
+use super::FsdevOptions;
+use super::Live;
+use super::Manager;
+use super::Model;
+use super::TransportKind;
+use super::fsdev::FsdevState;
+use super::parse_placement;
+use super::placement_name;
+use super::refuse;
+use crate::state::DeviceStateV1;
+use crate::state::DeviceV1;
+use crate::state::FsdevKindV1;
+use crate::state::FsdevV1;
+use crate::state::ManagerV1;
+use crate::state::OptionsV1;
+use crate::state::StateV1;
+use crate::state::TransportV1;
+
+impl Model {
+    /// What is to be kept.
+    pub fn stored(&self) -> StateV1 {
+        let Model {
+            // The data plane's to tell.
+            platform: _,
+            transports,
+            managers,
+            devices,
+            fsdevs: _,
+            options,
+        } = self;
+        StateV1 {
+            options: OptionsV1 {
+                fsdev_io_pool_size: options.io_pool_size,
+                fsdev_io_cache_size: options.io_cache_size,
+            },
+            fsdevs: self.fsdevs().map(store_fsdev).collect(),
+            transports: transports
+                .iter()
+                .map(|transport| TransportV1 {
+                    name: transport.kind.name().to_owned(),
+                    started: transport.started,
+                })
+                .collect(),
+            managers: managers
+                .iter()
+                .map(|manager| ManagerV1 {
+                    name: manager.name.clone(),
+                    implicit: manager.implicit,
+                })
+                .collect(),
+            devices: devices.iter().map(store_device).collect(),
+        }
+    }
+
+    /// A model of what was kept. The data plane is taken to have what it had; [`Model::adopt`] sees to the truth.
+    pub fn restore(state: StateV1) -> Result<Model, Failure> {
+        let StateV1 {
+            options,
+            fsdevs,
+            transports,
+            managers,
+            devices,
+        } = state;
+        let mut model = Model {
+            options: FsdevOptions {
+                io_pool_size: options.fsdev_io_pool_size,
+                io_cache_size: options.fsdev_io_cache_size,
+            },
+            ..Model::default()
+        };
+        for transport in transports {
+            model.transport_create(&transport.name)?;
+            if let Some(last) = model.transports.last_mut() {
+                last.started = transport.started;
+            }
+        }
+        for manager in managers {
+            model.restore_manager(manager)?;
+        }
+        for fsdev in fsdevs {
+            model.restore_fsdev(fsdev)?;
+        }
+        for device in devices {
+            model.restore_device(device)?;
+        }
+        Ok(model)
+    }
+
+    fn restore_manager(&mut self, stored: ManagerV1) -> Result<(), Failure> {
+        let ManagerV1 { name, implicit } = stored;
+        msg::check_name("manager", &name)?;
+        if self.has_manager(&name) {
+            return refuse(Errno::EEXIST, format!("manager {name} is there twice"));
+        }
+        self.managers.push(Manager { name, implicit });
+        Ok(())
+    }
+
+    fn restore_fsdev(&mut self, stored: FsdevV1) -> Result<(), Failure> {
+        let spec = FsdevSpec {
+            name: stored.name,
+            kind: restore_kind(stored.kind)?,
+        };
+        spec.check()?;
+        if self.fsdev(&spec.name).is_ok() {
+            return refuse(Errno::EEXIST, format!("fsdev {} is there twice", spec.name));
+        }
+        self.fsdevs.push(Fsdev {
+            spec,
+            state: FsdevState::Present,
+        });
+        Ok(())
+    }
+
+    fn restore_device(&mut self, stored: DeviceV1) -> Result<(), Failure> {
+        let DeviceV1 {
+            name,
+            transport,
+            state,
+            tag,
+            fsdev,
+            num_request_queues,
+            queue_size,
+            packed_vq,
+            notification_vq,
+            driver_platform,
+            manager,
+            vuid,
+        } = stored;
+        let changes = Changes {
+            tag,
+            fsdev,
+            num_request_queues: Some(num_request_queues),
+            queue_size: Some(queue_size),
+            packed_vq: Some(packed_vq),
+            notification_vq: Some(notification_vq),
+            driver_platform: Some(driver_platform),
+        };
+        self.device_create(&transport, &name, changes)?;
+        if manager.is_some() || vuid.is_some() {
+            self.doca_device_modify(&name, manager, vuid)?;
+        }
+        let Some(device) = self.device_mut(&name) else {
+            return Ok(());
+        };
+        let paused = match state {
+            DeviceStateV1::Idle => return Ok(()),
+            DeviceStateV1::Running => false,
+            DeviceStateV1::Stopped => true,
+        };
+        let spec = started_with(device)?;
+        spec.check()?;
+        device.wanted = !paused;
+        device.live = Some(Live {
+            spec,
+            paused,
+            connected: false,
+            mounted: false,
+        });
+        Ok(())
+    }
+}
+
+/// What a device was started with, as far as its properties tell.
+fn started_with(device: &Device) -> Result<DeviceSpec, Failure> {
+    let lacks = |what: &str| {
+        let detail = format!("device {} is started and has no {what}", device.name);
+        Failure::new(Errno::EINVAL, detail)
+    };
+    let attach = match device.transport {
+        TransportKind::VhostUser => Attach::VhostUser,
+        TransportKind::Doca => Attach::Doca {
+            manager: device.manager.clone().ok_or_else(|| lacks("manager"))?,
+            vuid: device.vuid.clone().ok_or_else(|| lacks("vuid"))?,
+        },
+    };
+    Ok(DeviceSpec {
+        name: device.name.clone(),
+        attach,
+        tag: device.tag.clone().ok_or_else(|| lacks("tag"))?,
+        num_request_queues: device.num_request_queues,
+        queue_size: device.queue_size,
+        fsdev: device.fsdev.clone().ok_or_else(|| lacks("fsdev"))?,
+        packed_vq: device.packed_vq,
+        notification_vq: device.notification_vq,
+        driver_platform: device.driver_platform,
+    })
+}
+
+fn store_fsdev(fsdev: &Fsdev) -> FsdevV1 {
+    let kind = match &fsdev.spec.kind {
+        FsdevKind::Null => FsdevKindV1::Null {},
+        FsdevKind::Aio(aio) => {
+            let AioSpec {
+                root_path,
+                enable_xattr,
+                enable_writeback_cache,
+                max_xfer_size,
+                max_readahead,
+                skip_rw,
+                attr_valid_ms,
+                metadata,
+            } = aio;
+            FsdevKindV1::Aio {
+                root_path: root_path.clone(),
+                enable_xattr: *enable_xattr,
+                enable_writeback_cache: *enable_writeback_cache,
+                max_xfer_size: *max_xfer_size,
+                max_readahead: *max_readahead,
+                skip_rw: *skip_rw,
+                attr_valid_ms: *attr_valid_ms,
+                metadata: placement_name(*metadata).to_owned(),
+            }
+        }
+    };
+    FsdevV1 {
+        name: fsdev.spec.name.clone(),
+        kind,
+    }
+}
+
+fn restore_kind(kind: FsdevKindV1) -> Result<FsdevKind, Failure> {
+    Ok(match kind {
+        FsdevKindV1::Null {} => FsdevKind::Null,
+        FsdevKindV1::Aio {
+            root_path,
+            enable_xattr,
+            enable_writeback_cache,
+            max_xfer_size,
+            max_readahead,
+            skip_rw,
+            attr_valid_ms,
+            metadata,
+        } => FsdevKind::Aio(AioSpec {
+            root_path,
+            enable_xattr,
+            enable_writeback_cache,
+            max_xfer_size,
+            max_readahead,
+            skip_rw,
+            attr_valid_ms,
+            metadata: parse_placement(&metadata)?,
+        }),
+    })
+}
+
+fn store_device(device: &Device) -> DeviceV1 {
+    let state = match device.state() {
+        DeviceState::Stopped => DeviceStateV1::Stopped,
+        DeviceState::Idle | DeviceState::Running if device.wanted => DeviceStateV1::Running,
+        DeviceState::Idle | DeviceState::Running => DeviceStateV1::Idle,
+    };
+    DeviceV1 {
+        name: device.name.clone(),
+        transport: device.transport.name().to_owned(),
+        state,
+        tag: device.tag.clone(),
+        fsdev: device.fsdev.clone(),
+        num_request_queues: device.num_request_queues,
+        queue_size: device.queue_size,
+        packed_vq: device.packed_vq,
+        notification_vq: device.notification_vq,
+        driver_platform: device.platform_name().to_owned(),
+        manager: device.manager.clone(),
+        vuid: device.vuid.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,4 @@
+//! libFuzzer's entry to [`ferry_fuzz::queue::split`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| ferry_fuzz::queue::split(data));
