@@ -172,7 +172,7 @@ check "redirect and append" redirect_and_append
 check "copy a tree" copy_a_tree
 check "pack and unpack a tree" pack_a_tree
 check "leave files for the host" leave_for_the_host
-stat -c %Y "$DIR/kept/dated" > "$SCRATCH/dated
+stat -c %Y "$DIR/kept/dated" > "$SCRATCH/dated"
 check "what was left is there" kept_is_there
 if [ -n "$TAG" ]; then
     check "unmount is refused while a file is open" busy_unmount
