@@ -118,9 +118,9 @@ impl Service {
             dir,
             rpc_socket,
         };
-        let ready = wait_until("the service answers", START_LIMIT, || {
+        let ready = wait_until("the service is ready", START_LIMIT, || {
             ensure!(service.process.running()?, "ferry up has ended");
-            Ok(service.rpc("spdk_get_version")?.ok)
+            Ok(service.log().lines().any(|line| line.starts_with("READY ")))
         });
         ready.with_context(|| format!("log of the service:\n{}", service.log()))?;
         Ok(service)

@@ -106,7 +106,15 @@ fn check_export(export: &Path) -> Result<()> {
 }
 
 fn verdict(service: &Service, export: &Path, outcome: &Outcome) -> Result<()> {
-    let (passed, failed) = outcome.counts()?;
+    let counts = outcome.counts().with_context(|| {
+        format!(
+            "{}\n{}\nservice:\n{}",
+            outcome.output,
+            outcome.dmesg,
+            service.log()
+        )
+    });
+    let (passed, failed) = counts?;
     println!("{}", outcome.output);
     let log = service.log();
     ensure!(
