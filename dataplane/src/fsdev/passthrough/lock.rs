@@ -218,9 +218,7 @@ impl Locks {
     /// Drops what was locked through an open file that goes away. Locks of processes have ended by then, with FLUSH;
     /// those of open file descriptions (`F_OFD_SETLK` in the guest) end here.
     pub(super) fn drop_handle(&self, nodeid: u64, fh: u64) {
-        self.sweep(|owner| {
-            owner.nodeid.load(Relaxed) == nodeid && owner.fh.load(Relaxed) == fh
-        });
+        self.sweep(|owner| owner.nodeid.load(Relaxed) == nodeid && owner.fh.load(Relaxed) == fh);
     }
 
     /// Drops all locks on an inode.
