@@ -85,7 +85,7 @@ pub enum FsdevKindV1 {
         metadata: String,
         /// How the directory is exported; absent in older files.
         #[serde(default)]
-        export: ExportV1,
+        export: Box<ExportV1>,
     },
     /// Answers everything, stores nothing.
     Null {},

@@ -235,7 +235,7 @@ fn store_fsdev(fsdev: &Fsdev) -> FsdevV1 {
                 skip_rw: *skip_rw,
                 attr_valid_ms: export.attr_valid_ms,
                 metadata: placement_name(*metadata).to_owned(),
-                export: store_export(export),
+                export: Box::new(store_export(export)),
             }
         }
     };
@@ -303,7 +303,7 @@ fn restore_kind(kind: FsdevKindV1) -> Result<FsdevKind, Failure> {
             max_readahead,
             skip_rw,
             metadata: parse_placement(&metadata)?,
-            export: restore_export(export, attr_valid_ms)?,
+            export: restore_export(*export, attr_valid_ms)?,
         }),
     })
 }
