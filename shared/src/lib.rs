@@ -6,6 +6,7 @@
 extern crate alloc;
 
 pub mod errno;
+pub mod export;
 #[cfg(all(feature = "std", not(loom)))]
 pub mod handshake;
 pub mod limits;
