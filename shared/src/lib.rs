@@ -5,6 +5,7 @@
 
 extern crate alloc;
 
+pub mod counters;
 pub mod errno;
 #[cfg(all(feature = "std", not(loom)))]
 pub mod handshake;
