@@ -365,3 +365,41 @@ pub(super) const FSDEV_OPTIONS: &[Param] = &[
         ..PARAM
     },
 ];
+/// What the original's schedulers can be told; the static one has no use for it.
+pub(super) const SCHEDULER: &[Param] = &[
+    Param {
+        name: "name",
+        mandatory: true,
+        positional: true,
+        help: "static",
+        ..PARAM
+    },
+    Param {
+        name: "period",
+        kind: Kind::Big,
+        options: &["-p", "--period"],
+        help: "accepted and not needed",
+        ..PARAM
+    },
+    Param {
+        name: "load_limit",
+        kind: Kind::Number,
+        options: &["--load-limit"],
+        help: "accepted and not needed",
+        ..PARAM
+    },
+    Param {
+        name: "core_limit",
+        kind: Kind::Number,
+        options: &["--core-limit"],
+        help: "accepted and not needed",
+        ..PARAM
+    },
+    Param {
+        name: "core_busy",
+        kind: Kind::Number,
+        options: &["--core-busy"],
+        help: "accepted and not needed",
+        ..PARAM
+    },
+];
