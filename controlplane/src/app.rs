@@ -9,6 +9,7 @@ use core::cell::RefCell;
 use core::cell::RefMut;
 use std::rc::Rc;
 
+use ferry_shared::counters::Counters;
 use ferry_shared::errno::Errno;
 use ferry_shared::logging;
 use ferry_shared::msg::Command;
@@ -23,6 +24,7 @@ use tokio::sync::watch;
 use crate::dataplane::Link;
 use crate::model::Model;
 use crate::model::Step;
+use crate::rpc::Baselines;
 use crate::rpc::LogSettings;
 use crate::rpc::Notifications;
 use crate::rpc::RpcError;
@@ -87,6 +89,7 @@ pub struct App {
     dirty: Cell<bool>,
     log: RefCell<LogSettings>,
     notifications: RefCell<Notifications>,
+    baselines: RefCell<Baselines>,
 }
 
 impl App {
@@ -105,6 +108,7 @@ impl App {
             dirty: Cell::new(false),
             log: RefCell::default(),
             notifications: RefCell::default(),
+            baselines: RefCell::default(),
         })
     }
 
@@ -333,6 +337,21 @@ impl App {
         Ok(())
     }
 
+    /// The counters of the data plane's cores.
+    pub fn counters(&self) -> Result<Rc<Counters>, Failure> {
+        self.link()?.counters().ok_or_else(|| {
+            Failure::new(
+                Errno::ENODATA,
+                "the data plane has given no counters to read",
+            )
+        })
+    }
+
+    /// Where counting began anew for those who asked for that.
+    pub fn baselines(&self) -> RefMut<'_, Baselines> {
+        self.baselines.borrow_mut()
+    }
+
     /// What has happened.
     pub fn notifications(&self) -> Ref<'_, Notifications> {
         self.notifications.borrow()
@@ -405,6 +424,8 @@ impl App {
         if settings != LogSettings::default() {
             link.call(Command::SetLog(settings.spec())).await?;
         }
+        // Another data plane counts from zero.
+        self.baselines().clear();
         self.notify("dataplane_connect", &self.model().platform().run_dir);
         *self.link.borrow_mut() = Ok(link);
         self.linked.send_replace(Some(true));

@@ -4,14 +4,17 @@
 //! never waits for the management thread, and the other way round.
 
 mod helpers;
+mod meter;
 mod thread;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use ferry_shared::counters::{self, CoreCounters, Counters};
 
 use crate::dispatch::Outcome;
 use crate::engine::{Cores, QueueStart};
@@ -121,6 +124,8 @@ pub struct CoreSet<B: Backend> {
     placed: HashMap<(DeviceId, QueueIdx), usize>,
     /// Queues per core.
     load: Vec<usize>,
+    counters: &'static Counters,
+    counters_file: OwnedFd,
 }
 
 /// Bytes that one core's slots and buffers take.
@@ -137,6 +142,9 @@ impl<B: Backend> CoreSet<B> {
             mailboxes.push(Arc::new(Mailbox::new(MAILBOX)?));
         }
         let events = Arc::new(Mailbox::new(MAILBOX)?);
+        let (counters, counters_file) = Counters::create(count).map_err(io::Error::other)?;
+        // The cores count as long as the process lives.
+        let counters: &'static Counters = Box::leak(Box::new(counters));
         let helpers = Arc::new(Helpers::new(count * SLOTS_PER_CORE as usize));
         let mut threads = Vec::new();
         for (number, &cpu) in options.cpus.iter().enumerate() {
@@ -156,6 +164,7 @@ impl<B: Backend> CoreSet<B> {
                 others: others(&mailboxes, number),
                 helpers: Arc::clone(&helpers),
                 events: Arc::clone(&events),
+                counters: CoreCounters::new(counters.words(), number),
             };
             threads.push(seed.spawn()?);
         }
@@ -176,11 +185,24 @@ impl<B: Backend> CoreSet<B> {
             devices: HashMap::new(),
             placed: HashMap::new(),
             load: vec![0; count],
+            counters,
+            counters_file,
         })
     }
 
+    /// The file of the counters, for a control plane to read.
+    pub fn counters_file(&self) -> BorrowedFd<'_> {
+        self.counters_file.as_fd()
+    }
+
+    /// Whether a device with this id would be counted.
+    pub fn would_count(&self, device: DeviceId) -> bool {
+        counters::is_free(self.counters.words(), device.0)
+    }
+
     /// Makes a device known, before its queues are started.
-    pub fn attach(&mut self, device: DeviceId, shared: Arc<DeviceShared<B>>) {
+    pub fn attach(&mut self, device: DeviceId, name: &str, shared: Arc<DeviceShared<B>>) {
+        counters::register(self.counters.words(), device.0, name);
         self.devices.insert(
             device,
             DeviceEntry {
@@ -193,6 +215,7 @@ impl<B: Backend> CoreSet<B> {
 
     /// Forgets a device that has no queues any more.
     pub fn detach(&mut self, device: DeviceId) {
+        counters::unregister(self.counters.words(), device.0);
         self.devices.remove(&device);
     }
 

@@ -85,7 +85,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     let signals = Signals::block().context("cannot take signals over")?;
     raise_fd_limit();
     let platform = Platform::load(options.platform.as_deref())?;
-    let listener = Listener::bind(&options.run_dir, options.control_uid)?;
+    let mut listener = Listener::bind(&options.run_dir, options.control_uid)?;
     let run_dir = options
         .run_dir
         .canonicalize()
@@ -109,6 +109,8 @@ fn run(options: Options) -> anyhow::Result<()> {
         buffers,
     };
     let cores = CoreSet::start(&core_options, &mut arena).context("cannot start the cores")?;
+    let counters = cores.counters_file().try_clone_to_owned();
+    listener.share_counters(counters.context("cannot share the counters")?);
     poller.add(cores.event_fd(), CORES)?;
     poller.add(&signals, SIGNALS)?;
     let control = Control::new(listener, Arc::clone(&poller))?;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ferry_shared::counters;
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_QUEUES_PER_SERVICE, NAME_LEN};
 use ferry_shared::logging;
@@ -344,8 +345,7 @@ impl Service {
                 None
             }
         };
-        self.last_id += 1;
-        let id = DeviceId(self.last_id);
+        let id = self.next_id();
         let shared = Arc::new(DeviceShared::new(
             Session::new(spec.driver_platform),
             backend,
@@ -365,7 +365,7 @@ impl Service {
                 Transport::open_vhost_user(&spec, id, &socket, poller)?
             }
         };
-        self.cores.attach(id, Arc::clone(&shared));
+        self.cores.attach(id, &spec.name, Arc::clone(&shared));
         tracing::info!(
             device = spec.name,
             tag = spec.tag,
@@ -384,6 +384,17 @@ impl Service {
             gate: LogGate::new(Instant::now()),
         });
         Ok(())
+    }
+
+    /// A fresh id, one whose requests can be counted if there is any.
+    fn next_id(&mut self) -> DeviceId {
+        for _ in 0..counters::DEVICES {
+            self.last_id += 1;
+            if self.cores.would_count(DeviceId(self.last_id)) {
+                break;
+            }
+        }
+        DeviceId(self.last_id)
     }
 
     fn device_stop(&mut self, seq: u64, name: &str) -> Result<Option<Reply>, Failure> {

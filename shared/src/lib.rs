@@ -5,7 +5,9 @@
 
 extern crate alloc;
 
+pub mod counters;
 pub mod errno;
+pub mod export;
 #[cfg(all(feature = "std", not(loom)))]
 pub mod handshake;
 pub mod limits;

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 const TAG: &str = "checked";
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(1500);
 const LEAST_CHECKS: u32 = 60;
 
 /// A service that exports a fresh directory with the options that the checks need.

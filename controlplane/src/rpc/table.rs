@@ -34,12 +34,14 @@ use super::params::PLATFORM;
 pub use super::params::Param;
 use super::params::QUEUE_SIZE;
 use super::params::REQUEST_QUEUES;
+use super::params::SCHEDULER;
 use super::params::SUBSYSTEM;
 use super::params::TAG;
 use super::params::TRANSPORT;
 use super::params::TRANSPORT_ONLY;
 use super::params::VUID;
 use super::params::WAIT;
+use super::stats;
 use super::virtio_fs;
 
 /// Finds a method by its name or an older one.
@@ -353,6 +355,115 @@ pub static METHODS: &[Method] = &[
         params: &[FSDEV_NAME],
         rule: DECODE,
         handler: Handler::Later(fsdev::fsdev_null_delete),
+        ..METHOD
+    },
+    Method {
+        name: "fsdev_get_iostat",
+        help: "Requests, bytes, errors and latencies of the fsdevs",
+        params: &[
+            Param {
+                name: "name",
+                options: &["-f", "--name"],
+                help: "name of the fsdev",
+                ..PARAM
+            },
+            Param {
+                name: "per_channel",
+                kind: Kind::Flag,
+                options: &["-c", "--per-channel"],
+                default: "false",
+                help: "for every core by itself",
+                ..PARAM
+            },
+        ],
+        rule: DECODE,
+        dataplane: true,
+        output: Output::Json,
+        handler: Handler::Now(stats::fsdev_get_iostat),
+        ..METHOD
+    },
+    Method {
+        name: "fsdev_reset_iostat",
+        help: "Have the numbers of fsdev_get_iostat begin anew",
+        params: &[Param {
+            name: "name",
+            options: &["-f", "--name"],
+            help: "name of the fsdev",
+            ..PARAM
+        }],
+        rule: DECODE,
+        dataplane: true,
+        handler: Handler::Now(stats::fsdev_reset_iostat),
+        ..METHOD
+    },
+    Method {
+        name: "framework_get_reactors",
+        help: "The cores of the data plane and how busy they have been",
+        rule: Rule::Absent("`framework_get_reactors` requires no arguments"),
+        dataplane: true,
+        output: Output::Json,
+        handler: Handler::Now(stats::framework_get_reactors),
+        ..METHOD
+    },
+    Method {
+        name: "framework_get_scheduler",
+        help: "How queues are spread over the cores",
+        rule: Rule::Absent("'rpc_get_scheduler' requires no arguments"),
+        dataplane: true,
+        output: Output::Json,
+        handler: Handler::Now(stats::framework_get_scheduler),
+        ..METHOD
+    },
+    Method {
+        name: "framework_set_scheduler",
+        when: When::Always,
+        help: "Choose how queues are spread over the cores; static is the only way",
+        params: SCHEDULER,
+        rule: Rule::Strict(RpcError::INVALID_PARAMS, "Invalid parameters"),
+        handler: Handler::Now(stats::framework_set_scheduler),
+        ..METHOD
+    },
+    Method {
+        name: "thread_get_stats",
+        help: "Busy and idle times of the threads",
+        rule: Rule::Absent("'thread_get_stats' requires no arguments"),
+        dataplane: true,
+        output: Output::Json,
+        handler: Handler::Now(stats::thread_get_stats),
+        ..METHOD
+    },
+    Method {
+        name: "thread_get_pollers",
+        help: "How often the pollers of the threads have run",
+        rule: Rule::Absent("'thread_get_pollers' requires no arguments"),
+        dataplane: true,
+        output: Output::Json,
+        handler: Handler::Now(stats::thread_get_pollers),
+        ..METHOD
+    },
+    Method {
+        name: "thread_get_io_channels",
+        help: "The devices that each thread has served",
+        rule: Rule::Absent("'thread_get_io_channels' requires no arguments"),
+        dataplane: true,
+        output: Output::Json,
+        handler: Handler::Now(stats::thread_get_io_channels),
+        ..METHOD
+    },
+    Method {
+        name: "iobuf_get_stats",
+        help: "Use of the request slots (small) and the data buffers (large)",
+        dataplane: true,
+        output: Output::Json,
+        handler: Handler::Now(stats::iobuf_get_stats),
+        ..METHOD
+    },
+    Method {
+        name: "ferry_get_counters",
+        help: "All counters of cores and devices as they were counted",
+        dataplane: true,
+        output: Output::Json,
+        handler: Handler::Now(stats::get_counters),
         ..METHOD
     },
     Method {

@@ -101,6 +101,10 @@ pub trait System<B> {
     fn report(&mut self, event: CoreEvent);
     /// Tells every other core that a request of this device is to be interrupted.
     fn spread_interrupt(&mut self, device: DeviceId, unique: u64);
+    /// Nanoseconds since some moment, for the counters; a world without time has none to count.
+    fn now(&self) -> u64 {
+        0
+    }
 }
 
 /// A request on its way to the helper thread.
