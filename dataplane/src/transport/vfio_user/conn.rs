@@ -107,7 +107,7 @@ impl VfioUser {
             listener: None,
             client: None,
             next: None,
-            served: Served::new(function),
+            served: Served::new(&spec.name, function),
         };
         let pin = device.served.function.pin();
         device

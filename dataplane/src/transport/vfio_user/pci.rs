@@ -36,6 +36,10 @@ const ISR_CONFIG: u8 = 2;
 const VIRTIO_REGION: u32 = config::VIRTIO_BAR as u32;
 const MSIX_REGION: u32 = config::MSIX_BAR as u32;
 
+/// Features of the transport. The device's addresses are those of the bus, which an IOMMU may translate: the client opens
+/// its windows at those addresses.
+const FEATURES: Features = Features::RING_RESET.union(Features::ACCESS_PLATFORM);
+
 /// Bytes of the device's configuration structure.
 const DEVICE_LEN: usize = size_of::<FsConfig>();
 
@@ -115,7 +119,7 @@ impl PciFunction {
         place: &StaticFunction,
     ) -> Result<PciFunction, Errno> {
         let size = u16::try_from(spec.queue_size).unwrap_or(u16::MAX);
-        let model = DeviceModel::new(spec, Features::RING_RESET, size);
+        let model = DeviceModel::new(spec, FEATURES, size);
         let queues = model.num_queues();
         let vectors = place.num_msix.min(queues.saturating_add(1));
         let identity = Identity {

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use tracing::warn;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::dma::Windows;
@@ -59,9 +60,12 @@ struct Memory {
 /// A function and the guest memory that its client has opened.
 #[derive(Debug)]
 pub(crate) struct Served {
+    name: String,
     pub(crate) function: PciFunction,
     windows: Windows<Arc<SharedMap>>,
     memory: Memory,
+    /// The operator knows that this client has memory that cannot be reached.
+    noted_unmappable: bool,
 }
 
 /// Takes a structure off the front of a payload.
@@ -82,11 +86,13 @@ fn plain(reply: &(impl IntoBytes + Immutable)) -> Result<Reply, Errno> {
 }
 
 impl Served {
-    pub(crate) fn new(function: PciFunction) -> Served {
+    pub(crate) fn new(name: &str, function: PciFunction) -> Served {
         Served {
+            name: name.to_owned(),
             function,
             windows: Windows::new(),
             memory: Memory::default(),
+            noted_unmappable: false,
         }
     }
 
@@ -146,11 +152,28 @@ impl Served {
             })
         })?;
         if fds.is_empty() {
+            self.note_unmappable(&map);
             // Nothing has changed for the cores: such a window is as unreachable as no window.
             return Ok(now((Vec::new(), Vec::new())));
         }
         let change = self.change_memory(cores);
         Ok(Answer::Later(Vec::new(), Until::Memory(change)))
+    }
+
+    /// Tells the operator, once for each client, that the guest's memory is out of reach. Small windows without a file are
+    /// common: a VMM's firmware tables, which no driver uses for requests.
+    fn note_unmappable(&mut self, map: &DmaMap) {
+        const LARGE: u64 = 1 << 20;
+        if map.size >= LARGE && !self.noted_unmappable {
+            self.noted_unmappable = true;
+            warn!(
+                device = %self.name,
+                address = map.address,
+                size = map.size,
+                "the VMM keeps guest memory to itself, and requests that use it will fail; give the guest shared memory \
+                 (QEMU: memory-backend-memfd with share=on)"
+            );
+        }
     }
 
     fn unmap(&mut self, payload: &[u8], cores: &mut dyn Cores) -> Result<Answer, Errno> {
@@ -217,6 +240,7 @@ impl Served {
         self.function.forget_irqs(cores);
         self.function.reset_function(cores);
         self.windows.clear();
+        self.noted_unmappable = false;
         self.change_memory(cores);
     }
 
