@@ -47,7 +47,8 @@ fn validity_follows_the_cache_unless_it_is_given() {
 
 #[test]
 fn contradictions_are_refused_with_the_parameters_at_fault() {
-    let cases: [(fn(&mut ExportSpec), &str); 6] = [
+    type Change = fn(&mut ExportSpec);
+    let cases: [(Change, &str); 6] = [
         (|s| s.cache = Cache::Never, "cache never"),
         (|s| s.read_only = true, "read_only"),
         (|s| s.squash = Squash::Root, "squash"),
