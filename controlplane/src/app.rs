@@ -9,7 +9,9 @@ use core::cell::RefCell;
 use core::cell::RefMut;
 use std::rc::Rc;
 
+use ferry_shared::counters::Counters;
 use ferry_shared::errno::Errno;
+use ferry_shared::logging;
 use ferry_shared::msg::Command;
 use ferry_shared::msg::Event;
 use ferry_shared::msg::Failure;
@@ -22,6 +24,9 @@ use tokio::sync::watch;
 use crate::dataplane::Link;
 use crate::model::Model;
 use crate::model::Step;
+use crate::rpc::Baselines;
+use crate::rpc::LogSettings;
+use crate::rpc::Notifications;
 use crate::rpc::RpcError;
 use crate::rpc::decode;
 use crate::rpc::decode::Params;
@@ -82,6 +87,9 @@ pub struct App {
     store: RefCell<Option<Store>>,
     /// Whether the model may differ from what is kept.
     dirty: Cell<bool>,
+    log: RefCell<LogSettings>,
+    notifications: RefCell<Notifications>,
+    baselines: RefCell<Baselines>,
 }
 
 impl App {
@@ -98,6 +106,9 @@ impl App {
             allowed,
             store: RefCell::default(),
             dirty: Cell::new(false),
+            log: RefCell::default(),
+            notifications: RefCell::default(),
+            baselines: RefCell::default(),
         })
     }
 
@@ -309,12 +320,67 @@ impl App {
         link.call(command).await
     }
 
+    /// What is logged.
+    pub fn log_settings(&self) -> LogSettings {
+        self.log.borrow().clone()
+    }
+
+    /// Has both processes log as told; a data plane that is not there is told when it comes.
+    pub async fn set_log(&self, settings: LogSettings) -> Result<(), Failure> {
+        let spec = settings.spec();
+        let link = self.link.borrow().clone();
+        if let Ok(link) = link {
+            link.call(Command::SetLog(spec.clone())).await?;
+        }
+        logging::set(&spec)?;
+        *self.log.borrow_mut() = settings;
+        Ok(())
+    }
+
+    /// The counters of the data plane's cores.
+    pub fn counters(&self) -> Result<Rc<Counters>, Failure> {
+        self.link()?.counters().ok_or_else(|| {
+            Failure::new(
+                Errno::ENODATA,
+                "the data plane has given no counters to read",
+            )
+        })
+    }
+
+    /// Where counting began anew for those who asked for that.
+    pub fn baselines(&self) -> RefMut<'_, Baselines> {
+        self.baselines.borrow_mut()
+    }
+
+    /// What has happened.
+    pub fn notifications(&self) -> Ref<'_, Notifications> {
+        self.notifications.borrow()
+    }
+
+    fn notify(&self, kind: &'static str, about: &str) {
+        self.notifications.borrow_mut().push(kind, about);
+    }
+
+    fn notify_of(&self, command: &Command) {
+        match command {
+            Command::FsdevCreate(spec) => self.notify("fsdev_register", &spec.name),
+            Command::FsdevDelete { name } => self.notify("fsdev_unregister", name),
+            Command::DeviceStart(spec) => self.notify("virtio_fs_device_start", &spec.name),
+            Command::DeviceStop { name } => self.notify("virtio_fs_device_stop", name),
+            Command::DeviceDestroy { name } => self.notify("virtio_fs_device_destroy", name),
+            Command::Snapshot { .. } | Command::SetLog(_) => {}
+        }
+    }
+
     /// Sends what a step needs to the data plane and records the outcome.
     pub async fn carry_out(&self, step: Step) -> Result<(), Failure> {
         let Step::Send(ticket) = step else {
             return Ok(());
         };
         let outcome = self.send(ticket.command.clone()).await;
+        if outcome.is_ok() {
+            self.notify_of(&ticket.command);
+        }
         self.model_mut().finish(*ticket, outcome.is_ok());
         outcome.map(drop)
     }
@@ -342,7 +408,8 @@ impl App {
             let outcome = link.call(ticket.command.clone()).await;
             match &outcome {
                 Ok(_) => {
-                    tracing::info!(command = ?ticket.command, "issued again what the data plane lacked")
+                    self.notify_of(&ticket.command);
+                    tracing::info!(command = ?ticket.command, "issued again what the data plane lacked");
                 }
                 Err(Failure { errno, detail }) => {
                     tracing::error!(command = ?ticket.command, %errno, detail, "cannot issue again what the data plane lacks");
@@ -353,6 +420,13 @@ impl App {
         if let Err(error) = self.keep() {
             tracing::error!(%error, "the state is not kept");
         }
+        let settings = self.log_settings();
+        if settings != LogSettings::default() {
+            link.call(Command::SetLog(settings.spec())).await?;
+        }
+        // Another data plane counts from zero.
+        self.baselines().clear();
+        self.notify("dataplane_connect", &self.model().platform().run_dir);
         *self.link.borrow_mut() = Ok(link);
         self.linked.send_replace(Some(true));
         Ok(())
@@ -361,6 +435,24 @@ impl App {
     /// Takes a report of the data plane.
     pub fn event(&self, event: Event) {
         tracing::debug!(?event, "data plane");
+        match &event {
+            Event::Connected { device, connected } => {
+                let kind = if *connected {
+                    "virtio_fs_connect"
+                } else {
+                    "virtio_fs_disconnect"
+                };
+                self.notify(kind, device);
+            }
+            Event::Mounted { device, mounted } => {
+                let kind = if *mounted {
+                    "virtio_fs_mount"
+                } else {
+                    "virtio_fs_umount"
+                };
+                self.notify(kind, device);
+            }
+        }
         // None of it is kept, so this leaves `dirty` alone.
         self.model.borrow_mut().event(event);
     }

@@ -9,6 +9,7 @@ pub mod app;
 pub mod config;
 pub mod dataplane;
 pub mod framing;
+pub mod metrics;
 pub mod model;
 pub mod rpc;
 pub mod server;

@@ -14,14 +14,16 @@ use ferry_controlplane::app::Phase;
 use ferry_controlplane::config;
 use ferry_controlplane::config::Entry;
 use ferry_controlplane::dataplane;
+use ferry_controlplane::metrics;
+use ferry_controlplane::metrics::Place;
 use ferry_controlplane::rpc::table::When;
 use ferry_controlplane::server::Endpoint;
 use ferry_controlplane::state::Store;
+use ferry_shared::logging;
 use nix::unistd::Gid;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
 use tokio::task::LocalSet;
-use tracing_subscriber::EnvFilter;
 
 /// The unprivileged half of Ferry: serves RPC, keeps the configuration and directs the data plane.
 #[derive(Parser)]
@@ -54,6 +56,9 @@ struct Options {
     /// Start from the state directory, and keep nothing new there
     #[arg(long, requires = "state_dir")]
     no_autosave: bool,
+    /// Serve metrics in the text form of Prometheus on a unix socket (PATH) or a loopback address (ADDRESS:PORT)
+    #[arg(long, value_name = "PLACE")]
+    metrics: Option<Place>,
     /// Saved configuration to apply
     #[arg(
         short = 'c',
@@ -86,11 +91,7 @@ fn parse_mode(text: &str) -> Result<u32, String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
+    logging::init("RUST_LOG");
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -159,9 +160,24 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         let serving = endpoint.serve(Rc::clone(&app), &options.allow);
         serving.await.context("RPC socket")
     };
+    let metrics = async {
+        match options.metrics.clone() {
+            None => core::future::pending().await,
+            Some(place) => {
+                let serving = metrics::serve(Rc::clone(&app), place.clone());
+                let what = || {
+                    format!(
+                        "cannot serve metrics on {place:?}; choose another place with --metrics"
+                    )
+                };
+                serving.await.with_context(what)
+            }
+        }
+    };
     tokio::select! {
         never = dataplane::keep_connected(Rc::clone(&app), &options.run_dir) => match never {},
         served = rpc => served,
+        served = metrics => served,
         failed = initialise(&app, initial) => failed,
         signal = stop => {
             tracing::info!(signal, "stopping; the data plane goes on");

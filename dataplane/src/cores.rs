@@ -1,17 +1,20 @@
-//! The cores: pinned threads that run a [`Reactor`] each, their helper threads, and the management thread's handle on them.
+//! The cores: pinned threads that run a [`crate::reactor::Reactor`] each, their helper threads, and the management thread's handle on them.
 //!
 //! The management thread talks to a core through its mailbox and hears from it through [`CoreSet::take_event`]. A core
 //! never waits for the management thread, and the other way round.
 
 mod helpers;
+mod meter;
 mod thread;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use ferry_shared::counters::{self, CoreCounters, Counters};
 
 use crate::dispatch::Outcome;
 use crate::engine::{Cores, QueueStart};
@@ -99,8 +102,11 @@ pub struct CoreOptions {
 /// What the management thread knows of a device's queues.
 struct DeviceEntry<B> {
     shared: Arc<DeviceShared<B>>,
-    /// Cores that have still to put a new guest map into use.
+    /// Reports of cores that put a new guest map into use, still to come.
     maps_pending: usize,
+    /// Maps that those reports are about. The cores report in no common order, so all count as replaced when the last
+    /// report is there.
+    maps_asked: usize,
 }
 
 /// All cores, in the hands of the management thread.
@@ -108,6 +114,8 @@ pub struct CoreSet<B: Backend> {
     mailboxes: Vec<Arc<CoreMailbox<B>>>,
     events: Arc<Mailbox<CoreEvent>>,
     local: VecDeque<CoreEvent>,
+    /// What [`CoreSet::take_event`] has looked at already.
+    settled: VecDeque<CoreEvent>,
     helpers: Arc<Helpers<B>>,
     threads: Vec<JoinHandle<()>>,
     core_threads: usize,
@@ -116,6 +124,8 @@ pub struct CoreSet<B: Backend> {
     placed: HashMap<(DeviceId, QueueIdx), usize>,
     /// Queues per core.
     load: Vec<usize>,
+    counters: &'static Counters,
+    counters_file: OwnedFd,
 }
 
 /// Bytes that one core's slots and buffers take.
@@ -132,6 +142,9 @@ impl<B: Backend> CoreSet<B> {
             mailboxes.push(Arc::new(Mailbox::new(MAILBOX)?));
         }
         let events = Arc::new(Mailbox::new(MAILBOX)?);
+        let (counters, counters_file) = Counters::create(count).map_err(io::Error::other)?;
+        // The cores count as long as the process lives.
+        let counters: &'static Counters = Box::leak(Box::new(counters));
         let helpers = Arc::new(Helpers::new(count * SLOTS_PER_CORE as usize));
         let mut threads = Vec::new();
         for (number, &cpu) in options.cpus.iter().enumerate() {
@@ -151,6 +164,7 @@ impl<B: Backend> CoreSet<B> {
                 others: others(&mailboxes, number),
                 helpers: Arc::clone(&helpers),
                 events: Arc::clone(&events),
+                counters: CoreCounters::new(counters.words(), number),
             };
             threads.push(seed.spawn()?);
         }
@@ -164,28 +178,44 @@ impl<B: Backend> CoreSet<B> {
             mailboxes,
             events,
             local: VecDeque::new(),
+            settled: VecDeque::new(),
             helpers,
             threads,
             core_threads,
             devices: HashMap::new(),
             placed: HashMap::new(),
             load: vec![0; count],
+            counters,
+            counters_file,
         })
     }
 
+    /// The file of the counters, for a control plane to read.
+    pub fn counters_file(&self) -> BorrowedFd<'_> {
+        self.counters_file.as_fd()
+    }
+
+    /// Whether a device with this id would be counted.
+    pub fn would_count(&self, device: DeviceId) -> bool {
+        counters::is_free(self.counters.words(), device.0)
+    }
+
     /// Makes a device known, before its queues are started.
-    pub fn attach(&mut self, device: DeviceId, shared: Arc<DeviceShared<B>>) {
+    pub fn attach(&mut self, device: DeviceId, name: &str, shared: Arc<DeviceShared<B>>) {
+        counters::register(self.counters.words(), device.0, name);
         self.devices.insert(
             device,
             DeviceEntry {
                 shared,
                 maps_pending: 0,
+                maps_asked: 0,
             },
         );
     }
 
     /// Forgets a device that has no queues any more.
     pub fn detach(&mut self, device: DeviceId) {
+        counters::unregister(self.counters.words(), device.0);
         self.devices.remove(&device);
     }
 
@@ -196,7 +226,7 @@ impl<B: Backend> CoreSet<B> {
 
     /// The management thread is about to sleep on [`CoreSet::event_fd`]; `false` when there are events.
     pub fn prepare_sleep(&self) -> bool {
-        self.local.is_empty() && self.events.prepare_sleep()
+        self.local.is_empty() && self.settled.is_empty() && self.events.prepare_sleep()
     }
 
     /// The management thread is awake again.
@@ -212,6 +242,9 @@ impl<B: Backend> CoreSet<B> {
 
     /// The next thing that the cores have to say.
     pub fn take_event(&mut self) -> Option<CoreEvent> {
+        if let Some(event) = self.settled.pop_front() {
+            return Some(event);
+        }
         loop {
             let event = self.local.pop_front().or_else(|| self.events.take())?;
             match &event {
@@ -228,6 +261,9 @@ impl<B: Backend> CoreSet<B> {
                     if entry.maps_pending > 0 {
                         continue;
                     }
+                    let more = std::mem::take(&mut entry.maps_asked).saturating_sub(1);
+                    self.settled
+                        .extend(std::iter::repeat_n(event.clone(), more));
                 }
                 CoreEvent::QueueFailed { .. } | CoreEvent::Mounted { .. } => {}
             }
@@ -344,6 +380,7 @@ impl<B: Backend> Cores for CoreSet<B> {
             return;
         };
         entry.maps_pending += cores.len().max(1);
+        entry.maps_asked += 1;
         if cores.is_empty() {
             self.local.push_back(CoreEvent::MemoryReplaced { device });
         }

@@ -18,6 +18,7 @@ use ferry_dataplane::platform::Platform;
 use ferry_dataplane::pool::DATA_BUFFER_STRIDE;
 use ferry_dataplane::service::Service;
 use ferry_shared::handshake::server::Listener;
+use ferry_shared::logging;
 
 /// A core has something to say.
 const CORES: Token = Token {
@@ -69,12 +70,7 @@ enum Poll {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("FERRY_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
+    logging::init("FERRY_LOG");
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -89,7 +85,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     let signals = Signals::block().context("cannot take signals over")?;
     raise_fd_limit();
     let platform = Platform::load(options.platform.as_deref())?;
-    let listener = Listener::bind(&options.run_dir, options.control_uid)?;
+    let mut listener = Listener::bind(&options.run_dir, options.control_uid)?;
     let run_dir = options
         .run_dir
         .canonicalize()
@@ -113,6 +109,8 @@ fn run(options: Options) -> anyhow::Result<()> {
         buffers,
     };
     let cores = CoreSet::start(&core_options, &mut arena).context("cannot start the cores")?;
+    let counters = cores.counters_file().try_clone_to_owned();
+    listener.share_counters(counters.context("cannot share the counters")?);
     poller.add(cores.event_fd(), CORES)?;
     poller.add(&signals, SIGNALS)?;
     let control = Control::new(listener, Arc::clone(&poller))?;

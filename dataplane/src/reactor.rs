@@ -15,6 +15,8 @@ use core::sync::atomic::Ordering;
 
 pub use world::{Backend, DeviceShared, Job, System};
 
+use ferry_shared::counters::CoreCounters;
+
 use crate::id::{DeviceId, QueueIdx, QueueKind};
 use crate::mem::GuestMap;
 use crate::pool::{DataPool, Slab};
@@ -34,6 +36,8 @@ struct CoreDevice<B> {
     epoch: u32,
     /// The map that replaces the present one as soon as nothing in flight uses that.
     next_map: Option<Arc<GuestMap>>,
+    /// How often a new map was asked for since the last was put into use; each wants its report.
+    maps_asked: u32,
     /// The last seen value of the backend's lock epoch.
     lock_epoch: u64,
 }
@@ -97,6 +101,8 @@ pub struct StartQueue<B, C> {
 pub struct Counters {
     /// Requests taken from queues.
     pub requests: u64,
+    /// Data buffers taken from the pool.
+    pub buffers: u64,
     /// Times that a request found no data buffer and waited.
     pub buffer_waits: u64,
     /// Times that a queue was left alone because no slot was free.
@@ -119,6 +125,8 @@ pub struct Reactor<B, S: System<B>> {
     waiting: Vec<u32>,
     early_interrupts: heapless::Deque<(DeviceId, u64), EARLY_INTERRUPTS>,
     counters: Counters,
+    /// Where finished requests are counted for others to see.
+    count_in: Option<CoreCounters>,
 }
 
 impl<B: Backend, S: System<B>> Reactor<B, S> {
@@ -138,7 +146,13 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             waiting: Vec::with_capacity(cap),
             early_interrupts: heapless::Deque::new(),
             counters: Counters::default(),
+            count_in: None,
         }
+    }
+
+    /// Counts finished requests there from now on.
+    pub fn count_in(&mut self, counters: CoreCounters) {
+        self.count_in = Some(counters);
     }
 
     /// The counters.

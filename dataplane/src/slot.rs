@@ -169,6 +169,8 @@ pub struct SlotMeta {
     pub transfer: Option<Transfer>,
     /// The queue was reset: finish without an answer.
     pub discard: bool,
+    /// When it was taken from its queue.
+    pub began: u64,
 }
 
 impl SlotMeta {
@@ -185,6 +187,7 @@ impl SlotMeta {
             output_buffer: None,
             transfer: None,
             discard: false,
+            began: 0,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! How the two processes meet: a `SOCK_SEQPACKET` socket in the run directory, and the channel that comes of it.
 //!
 //! The control plane connects and says its protocol version and layout hash; the data plane checks who it is and
-//! answers with its own, a verdict and, if the verdict is good, the memory of the rings. From then on the socket carries
+//! answers with its own, a verdict and, if the verdict is good, the memory of the rings and that of the counters. From then on the socket carries
 //! only doorbells, packets of one byte, and the news that the peer is gone. Doorbells are packets and not eventfds
 //! because blocking is a property of a file description, which both ends of an eventfd share: a hostile control plane
 //! could make the data plane's management thread block. `MSG_DONTWAIT` belongs to the call alone.
@@ -155,9 +155,15 @@ pub struct Channel {
     consumer: Consumer,
     socket: Arc<OwnedFd>,
     peer: Peer,
+    counters: Option<OwnedFd>,
 }
 
 impl Channel {
+    /// The file of the data plane's counters, once, if it has sent one.
+    pub fn take_counters(&mut self) -> Option<OwnedFd> {
+        self.counters.take()
+    }
+
     /// Who is at the other end.
     pub fn peer(&self) -> Peer {
         self.peer

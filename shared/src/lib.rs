@@ -5,11 +5,14 @@
 
 extern crate alloc;
 
+pub mod counters;
 pub mod errno;
 pub mod export;
 #[cfg(all(feature = "std", not(loom)))]
 pub mod handshake;
 pub mod limits;
+#[cfg(all(feature = "std", not(loom)))]
+pub mod logging;
 pub mod msg;
 pub mod region;
 pub mod ring;

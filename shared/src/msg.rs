@@ -66,7 +66,94 @@ pub enum Command {
         /// Name of the device.
         name: String,
     },
+    /// Log as told from now on.
+    SetLog(LogSpec),
 }
+
+/// What is logged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogSpec {
+    /// Of every component.
+    pub level: LogLevel,
+    /// Of the components in `flags`.
+    pub flag_level: LogLevel,
+    /// Components that are looked at more closely, by the names of [`LOG_FLAGS`].
+    pub flags: Vec<String>,
+    /// Whether lines begin with the time.
+    pub timestamps: bool,
+}
+
+/// How much is logged, least first. The names are those of the RPC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum LogLevel {
+    /// What an operator must act on.
+    Error,
+    /// Misbehaviour of guests and peers, too.
+    Warning,
+    /// Lifecycle, too.
+    Notice,
+    /// Details of components with a flag, too.
+    Info,
+    /// Everything of components with a flag, too.
+    Debug,
+}
+
+impl LogLevel {
+    const NAMES: [(&'static str, LogLevel); 5] = [
+        ("ERROR", LogLevel::Error),
+        ("WARNING", LogLevel::Warning),
+        ("NOTICE", LogLevel::Notice),
+        ("INFO", LogLevel::Info),
+        ("DEBUG", LogLevel::Debug),
+    ];
+
+    /// The name on the wire.
+    pub fn name(self) -> &'static str {
+        let found = LogLevel::NAMES
+            .into_iter()
+            .find(|(_, level)| *level == self);
+        found.map_or("NOTICE", |(name, _)| name)
+    }
+
+    /// Looks a name up, in letters of either case.
+    pub fn parse(name: &str) -> Option<LogLevel> {
+        let mut levels = LogLevel::NAMES.into_iter();
+        let found = levels.find(|(known, _)| known.eq_ignore_ascii_case(name));
+        found.map(|(_, level)| level)
+    }
+}
+
+/// The components that have a flag of their own, and the modules that each consists of.
+pub const LOG_FLAGS: &[(&str, &[&str])] = &[
+    (
+        "app_rpc",
+        &["ferry_controlplane::server", "ferry_controlplane::app"],
+    ),
+    (
+        "control",
+        &["ferry_controlplane::dataplane", "ferry_dataplane::control"],
+    ),
+    ("fsdev", &["ferry_dataplane::fsdev"]),
+    ("fsdev_aio", &["ferry_dataplane::fsdev::passthrough"]),
+    (
+        "fuse_dispatcher",
+        &["ferry_dataplane::dispatch", "ferry_dataplane::fuse"],
+    ),
+    (
+        "reactor",
+        &["ferry_dataplane::reactor", "ferry_dataplane::cores"],
+    ),
+    ("vfio_user", &["ferry_dataplane::transport::vfio_user"]),
+    ("vhost_user", &["ferry_dataplane::transport::vhost_user"]),
+    (
+        "virtio_fs",
+        &[
+            "ferry_dataplane::service",
+            "ferry_dataplane::transport",
+            "ferry_dataplane::virtio",
+        ],
+    ),
+];
 
 /// What a successful command gives.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,6 +11,7 @@ use core::time::Duration;
 use std::path::Path;
 use std::rc::Rc;
 
+use ferry_shared::counters::Counters;
 use ferry_shared::msg::Command;
 use ferry_shared::msg::Failure;
 use ferry_shared::msg::Reply;
@@ -29,6 +30,11 @@ pub trait Link {
     /// Sends a command; commands arrive in the order of the calls. When the data plane goes away, the outcome is a
     /// failure that says so.
     fn call(&self, command: Command) -> Outcome;
+
+    /// The counters of the data plane's cores, where there are any.
+    fn counters(&self) -> Option<Rc<Counters>> {
+        None
+    }
 }
 
 /// Time between two attempts to connect.

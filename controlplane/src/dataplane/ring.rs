@@ -13,6 +13,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::rc::Rc;
 
+use ferry_shared::counters::Counters;
 use ferry_shared::errno::Errno;
 use ferry_shared::handshake::Channel;
 use ferry_shared::handshake::client::ConnectError;
@@ -38,6 +39,7 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 pub struct RingLink {
     state: RefCell<State>,
     doorbell: Doorbell,
+    counters: Option<Rc<Counters>>,
 }
 
 struct State {
@@ -93,7 +95,7 @@ impl RingLink {
                 doorbell.rings().await.map_err(failed)?;
             }
         };
-        let channel = match tokio::time::timeout(HANDSHAKE, answer).await {
+        let mut channel = match tokio::time::timeout(HANDSHAKE, answer).await {
             Ok(answer) => answer?,
             Err(_) => {
                 return Err(ConnectError::Timeout {
@@ -103,6 +105,11 @@ impl RingLink {
             }
         };
         let doorbell = Doorbell::of(channel.as_fd()).map_err(failed)?;
+        let counters = channel.take_counters().and_then(|file| {
+            Counters::open(&file)
+                .inspect_err(|error| tracing::warn!(%error, "no counters of the data plane"))
+                .ok()
+        });
         let state = State {
             channel,
             next: 1,
@@ -113,6 +120,7 @@ impl RingLink {
         Ok(Rc::new(RingLink {
             state: RefCell::new(state),
             doorbell,
+            counters: counters.map(Rc::new),
         }))
     }
 
@@ -201,6 +209,10 @@ impl State {
 }
 
 impl Link for RingLink {
+    fn counters(&self) -> Option<Rc<Counters>> {
+        self.counters.clone()
+    }
+
     fn call(&self, command: Command) -> Outcome {
         let (sender, receiver) = oneshot::channel();
         let mut state = self.state.borrow_mut();

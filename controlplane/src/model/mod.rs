@@ -48,6 +48,8 @@ pub struct Platform {
     pub run_dir: String,
     /// Number of cores that serve requests.
     pub cores: u32,
+    /// Process id of the data plane.
+    pub pid: u32,
     /// Emulation managers that could be created.
     pub managers: Vec<PlatformManager>,
     /// Their functions.

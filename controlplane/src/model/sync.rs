@@ -43,6 +43,7 @@ impl Model {
             match item {
                 Item::Service(service) => {
                     platform.run_dir = service.run_dir;
+                    platform.pid = service.pid;
                     platform.cores = u32::try_from(service.cores.len()).unwrap_or(u32::MAX);
                 }
                 Item::Manager(manager) => platform.managers.push(manager),

@@ -163,6 +163,7 @@ impl Parser {
             Kind::Number => {
                 Value::from(parse_number(word).ok_or_else(|| bad("a number from 0 to 4294967295"))?)
             }
+            Kind::Big => Value::from(word.parse::<u64>().map_err(|_| bad("a number"))?),
             Kind::Signed => Value::from(word.parse::<i32>().map_err(|_| bad("a whole number"))?),
             Kind::Flag | Kind::OldFlag => match word.to_ascii_lowercase().as_str() {
                 "true" | "1" | "yes" | "on" => Value::Bool(true),

@@ -91,6 +91,11 @@ impl Args {
             .and_then(|number| u32::try_from(number).ok())
     }
 
+    /// A large number argument.
+    pub fn big(&self, name: &str) -> Option<u64> {
+        self.get(name)?.as_u64()
+    }
+
     /// A boolean argument.
     pub fn flag(&self, name: &str) -> Option<bool> {
         self.get(name)?.as_bool()
@@ -200,6 +205,7 @@ fn convert(param: &Param, key: &str, value: &Value) -> Result<Value, String> {
             number(0.0, f64::from(u32::MAX)),
             "a number from 0 to 4294967295",
         ),
+        Kind::Big => (value.as_u64().map(Value::from), "a number from 0 on"),
         Kind::Signed => (
             number(f64::from(i32::MIN), f64::from(i32::MAX)),
             "a whole number",

@@ -7,10 +7,16 @@ mod doca;
 mod error;
 mod framework;
 mod fsdev;
+mod log;
 mod method;
+mod notify;
 mod params;
 pub mod script;
+pub mod stats;
 pub mod table;
 mod virtio_fs;
 
 pub use error::RpcError;
+pub use log::LogSettings;
+pub use notify::Notifications;
+pub use stats::Baselines;

@@ -29,6 +29,8 @@ pub enum Kind {
     Text,
     /// An unsigned 32-bit number.
     Number,
+    /// An unsigned 64-bit number.
+    Big,
     /// A signed 32-bit number.
     Signed,
     /// A boolean.
@@ -158,6 +160,20 @@ pub(super) const SUBSYSTEM: Param = Param {
     mandatory: true,
     positional: true,
     help: "name of the subsystem",
+    ..PARAM
+};
+pub(super) const LEVEL: Param = Param {
+    name: "level",
+    mandatory: true,
+    positional: true,
+    help: "ERROR, WARNING, NOTICE, INFO or DEBUG",
+    ..PARAM
+};
+pub(super) const LOG_FLAG: Param = Param {
+    name: "flag",
+    mandatory: true,
+    positional: true,
+    help: "name of the component, with * and ? for many; or all",
     ..PARAM
 };
 pub(super) const INDENT: Param = Param {
@@ -346,6 +362,44 @@ pub(super) const FSDEV_OPTIONS: &[Param] = &[
         options: &["-c", "--fsdev-io-cache-size"],
         default: "256",
         help: "objects in the cache of each thread",
+        ..PARAM
+    },
+];
+/// What the original's schedulers can be told; the static one has no use for it.
+pub(super) const SCHEDULER: &[Param] = &[
+    Param {
+        name: "name",
+        mandatory: true,
+        positional: true,
+        help: "static",
+        ..PARAM
+    },
+    Param {
+        name: "period",
+        kind: Kind::Big,
+        options: &["-p", "--period"],
+        help: "accepted and not needed",
+        ..PARAM
+    },
+    Param {
+        name: "load_limit",
+        kind: Kind::Number,
+        options: &["--load-limit"],
+        help: "accepted and not needed",
+        ..PARAM
+    },
+    Param {
+        name: "core_limit",
+        kind: Kind::Number,
+        options: &["--core-limit"],
+        help: "accepted and not needed",
+        ..PARAM
+    },
+    Param {
+        name: "core_busy",
+        kind: Kind::Number,
+        options: &["--core-busy"],
+        help: "accepted and not needed",
         ..PARAM
     },
 ];

@@ -1,5 +1,7 @@
 use std::io::ErrorKind;
 
+use ferry_shared::msg::Command;
+use ferry_shared::msg::Event;
 use serde_json::Value;
 use tokio::io::AsyncBufReadExt;
 use tokio::io::AsyncWriteExt;
@@ -362,4 +364,90 @@ fn a_socket_in_use_is_refused_and_a_stale_one_is_replaced() {
     let refused = Endpoint::bind(&path, 0o600, None).unwrap_err();
     assert!(matches!(refused, BindError::NotASocket(_)), "{refused}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+}
+
+#[test]
+fn the_log_is_set_in_both_processes_and_again_in_a_data_plane_that_comes_later() {
+    with_server("log", async |app, link, path| {
+        let mut client = client(path).await;
+        let level = ask(&mut client, "log_get_level", "null").await;
+        assert_eq!(level["result"], "NOTICE");
+        let set = ask(&mut client, "log_set_level", r#"{"level":"info"}"#).await;
+        assert_eq!(set["result"], true);
+        let set = ask(&mut client, "log_set_flag", r#"{"flag":"v*"}"#).await;
+        assert_eq!(set["result"], true);
+        let flags = ask(&mut client, "log_get_flags", "null").await;
+        assert_eq!(flags["result"]["virtio_fs"], true);
+        assert_eq!(flags["result"]["fsdev"], false);
+        let last = link.commands.borrow().last().cloned();
+        let Some(Command::SetLog(spec)) = &last else {
+            panic!("{last:?}")
+        };
+        assert_eq!(spec.flags, ["vfio_user", "vhost_user", "virtio_fs"]);
+        let later = FakeLink::new();
+        app.connected(Rc::clone(&later) as Rc<dyn crate::dataplane::Link>)
+            .await
+            .unwrap();
+        assert_eq!(later.commands.borrow().last().cloned(), last);
+        for (method, params, code) in [
+            ("log_set_level", r#"{"level":"LOUD"}"#, -32602),
+            ("log_set_level", "{}", -32603),
+            ("log_set_flag", r#"{"flag":"nosuch"}"#, -32602),
+        ] {
+            let refused = ask(&mut client, method, params).await;
+            assert_eq!(
+                refused["error"]["code"], code,
+                "{method} {params}: {refused}"
+            );
+        }
+    });
+}
+
+#[test]
+fn what_happens_is_notified() {
+    with_server("notify", async |app, _, path| {
+        app.start_init();
+        let mut client = client(path).await;
+        for (method, params) in [
+            ("fsdev_null_create", r#"{"name":"f"}"#),
+            (
+                "virtio_fs_transport_create",
+                r#"{"transport_name":"VHOST_USER"}"#,
+            ),
+            (
+                "virtio_fs_transport_start",
+                r#"{"transport_name":"VHOST_USER"}"#,
+            ),
+            (
+                "virtio_fs_device_create",
+                r#"{"transport_name":"VHOST_USER","dev_name":"d","tag":"t","fsdev":"f"}"#,
+            ),
+            ("virtio_fs_device_start", r#"{"dev_name":"d"}"#),
+        ] {
+            let done = ask(&mut client, method, params).await;
+            assert!(done.get("result").is_some(), "{done}");
+        }
+        app.event(Event::Mounted {
+            device: "d".to_owned(),
+            mounted: true,
+        });
+        let listed = ask(&mut client, "notify_get_notifications", r#"{"id":1}"#).await;
+        let types = ask(&mut client, "notify_get_types", "null").await;
+        let listed: Vec<(&str, &str)> = listed["result"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|one| {
+                let types = types["result"].as_array().unwrap();
+                assert!(types.contains(&one["type"]), "{one}");
+                (one["type"].as_str().unwrap(), one["ctx"].as_str().unwrap())
+            })
+            .collect();
+        let expected = [
+            ("fsdev_register", "f"),
+            ("virtio_fs_device_start", "d"),
+            ("virtio_fs_mount", "d"),
+        ];
+        assert_eq!(listed, expected);
+    });
 }

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use ferry_shared::counters::{CoreCounter, CoreCounters};
 use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
 
 use super::helpers::{HelperJob, Helpers};
+use super::meter::Meter;
 use super::{CoreMailbox, CoreMessage, LOCK_POLL, MAILBOX_TOKEN, PollMode, SLOTS_PER_CORE, SPIN};
 use crate::fsdev::IoOp;
 use crate::id::{CoreEvent, DeviceId, QueueIdx};
@@ -30,6 +32,8 @@ struct CoreSystem<B> {
     events: Arc<Mailbox<CoreEvent>>,
     /// The watches of this core's queues, by token.
     watches: Vec<Option<Watch>>,
+    /// What the clock is read against.
+    origin: Instant,
 }
 
 struct Watch {
@@ -68,6 +72,10 @@ impl<B: Backend> System<B> for CoreSystem<B> {
         for other in &self.others {
             other.post(CoreMessage::Interrupt { device, unique });
         }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 }
 
@@ -125,6 +133,7 @@ struct Core<B: Backend> {
     sys: CoreSystem<B>,
     mode: PollMode,
     completions: Vec<Completion>,
+    meter: Meter,
 }
 
 impl<B: Backend> Core<B> {
@@ -148,6 +157,7 @@ impl<B: Backend> Core<B> {
                 self.reactor.poll_locks(&mut self.sys);
                 locks_tried = Instant::now();
             }
+            self.meter.turned(worked, &self.reactor.counters());
             if worked || self.reactor.has_unsubmitted() {
                 idle_since = None;
                 continue;
@@ -174,6 +184,7 @@ impl<B: Backend> Core<B> {
             let limit = self.reactor.has_waiting().then_some(LOCK_POLL);
             self.sys.ring.sleep(limit, |c| self.completions.push(c))?;
             self.sys.own.awake();
+            self.meter.slept();
         }
         self.reactor.disarm();
         self.complete();
@@ -234,6 +245,7 @@ pub(super) struct CoreSeed<B> {
     pub(super) others: Vec<Arc<CoreMailbox<B>>>,
     pub(super) helpers: Arc<Helpers<B>>,
     pub(super) events: Arc<Mailbox<CoreEvent>>,
+    pub(super) counters: CoreCounters,
 }
 
 impl<B: Backend> CoreSeed<B> {
@@ -282,12 +294,23 @@ impl<B: Backend> CoreSeed<B> {
             helpers: self.helpers,
             events: self.events,
             watches: Vec::with_capacity(queues),
+            origin: Instant::now(),
         };
+        let thread = u64::try_from(gettid().as_raw()).unwrap_or(0);
+        self.counters.set(CoreCounter::Thread, thread);
+        self.counters.set(CoreCounter::Cpu, u64::from(self.cpu));
+        let slots = u64::from(self.bodies.len());
+        self.counters.set(CoreCounter::Slots, slots);
+        let buffers = self.pool.available() as u64;
+        self.counters.set(CoreCounter::Buffers, buffers);
+        let mut reactor = Reactor::new(self.bodies, self.pool, queues);
+        reactor.count_in(self.counters);
         Ok(Core {
-            reactor: Reactor::new(self.bodies, self.pool, queues),
+            reactor,
             sys,
             mode: self.mode,
             completions: Vec::with_capacity(2 * SLOTS_PER_CORE as usize + queues),
+            meter: Meter::new(self.counters),
         })
     }
 }

@@ -22,7 +22,13 @@ impl AnyFsDev {
     /// Makes the backend for one device.
     pub fn new(spec: &FsdevSpec) -> Result<AnyFsDev, Failure> {
         match &spec.kind {
-            FsdevKind::Aio(aio) => Ok(AnyFsDev::Aio(Box::new(Passthrough::new(aio)?))),
+            FsdevKind::Aio(aio) => {
+                let name_it = |f: Failure| {
+                    Failure::new(f.errno, format!("fsdev {}: {}", spec.name, f.detail))
+                };
+                let passthrough = Passthrough::new(aio).map_err(name_it)?;
+                Ok(AnyFsDev::Aio(Box::new(passthrough)))
+            }
             FsdevKind::Null => Ok(AnyFsDev::Null(Null)),
         }
     }

@@ -6,15 +6,18 @@
 )]
 
 use alloc::sync::Arc;
+use core::mem::offset_of;
 use core::ptr::NonNull;
 
+use ferry_shared::counters::{CoreCounters, Finished};
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_DATA_BUFFER, SLOT_INPUT, SLOT_OUTPUT};
 
 use super::world::{HeldMap, Run};
 use super::{BUDGET, Backend, Ending, Job, Reactor, System};
 use crate::dispatch::{self, FIRST, Malformed, Outcome};
-use crate::fuse::abi::{FUSE_DESTROY, FUSE_INIT};
+use crate::fuse::abi::{FUSE_DESTROY, FUSE_INIT, FUSE_READ, FUSE_WRITE, fuse_out_header};
+use crate::fuse::reply::HEADER;
 use crate::id::{CoreEvent, DeviceId, QueueKind};
 use crate::mem::Segments;
 use crate::pool::DataBuffer;
@@ -88,6 +91,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                     self.counters.requests = self.counters.requests.wrapping_add(1);
                     if let Some(meta) = self.slots.get_mut(slot as usize) {
                         meta.queue = at;
+                        meta.began = sys.now();
                         meta.head = Some(popped.head);
                     }
                     self.take_in(slot, popped.fault.is_some(), sys);
@@ -126,7 +130,8 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 unique: Some(unique),
             }) => {
                 self.set_unique(slot, unique);
-                self.fail(slot, errno, sys);
+                // A request whose buffers are out of reach looks short.
+                self.fail(slot, if faulty { Errno::EFAULT } else { errno }, sys);
             }
             Err(Malformed { unique: None, .. }) => self.release(slot, Some(0), sys),
             Ok(intake) => {
@@ -184,6 +189,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         if meta.stage == Stage::NeedsBuffers {
             self.need_buffers.pop_front();
         }
+        self.counters.buffers = self.counters.buffers.wrapping_add(needed as u64);
         meta.scratch_len =
             u32::try_from(scratch.min(MAX_DATA_BUFFER as usize)).unwrap_or(MAX_DATA_BUFFER);
         meta.output_buffer = if long_reply { self.pool.take() } else { None };
@@ -358,6 +364,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
 
     /// Gives a finished request back to its queue (unless it is to be dropped: `None`) and frees its slot.
     pub(super) fn release(&mut self, slot: u32, written: Option<u32>, sys: &mut S) {
+        if let (Some(counters), Some(written)) = (self.count_in, written) {
+            self.count(slot, written, &counters, sys);
+        }
         let Some((at, head, discard)) = self.free_slot(slot) else {
             return;
         };
@@ -372,6 +381,41 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             q.in_flight = q.in_flight.saturating_sub(1);
         }
         self.check_stopped(at, sys);
+    }
+
+    /// Counts a request that is answered with so many bytes.
+    fn count(&self, slot: u32, written: u32, counters: &CoreCounters, sys: &S) {
+        let Some(device) = self.device_of(slot).filter(|id| counters.counts(id.0)) else {
+            return;
+        };
+        let (Some(run), Some(meta)) = (self.locate(slot), self.slots.get(slot as usize)) else {
+            return;
+        };
+        // SAFETY: the slot is the core's; nobody writes its input or its chain.
+        let (chain, input) = unsafe { (&(*run.body.as_ptr()).chain, run.input.as_ref()) };
+        // SAFETY: the queue holds the map.
+        let map = unsafe { run.map.as_ref() };
+        let opcode = dispatch::opcode(input);
+        // The reply's beginning is read back from where the guest may have changed it already: it spoils its own count.
+        let (mut error, mut size) = ([0; 4], [0; 4]);
+        let reply = chain.writable(map);
+        reply
+            .after(offset_of!(fuse_out_header, error))
+            .read(&mut error);
+        let ok = written as usize != HEADER || error == [0; 4];
+        let mut request = Finished {
+            opcode,
+            error: !ok && written != 0,
+            ns: sys.now().saturating_sub(meta.began),
+            ..Finished::default()
+        };
+        if ok && opcode == FUSE_READ {
+            request.read = u64::from(written).saturating_sub(HEADER as u64);
+        } else if ok && opcode == FUSE_WRITE {
+            reply.after(HEADER).read(&mut size);
+            request.written = u64::from(u32::from_ne_bytes(size).min(MAX_DATA_BUFFER));
+        }
+        counters.finished(device.0, request);
     }
 
     /// Puts a request that has not run back, for the queue's next start.

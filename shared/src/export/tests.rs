@@ -45,10 +45,12 @@ fn validity_follows_the_cache_unless_it_is_given() {
     assert_eq!(times(&given), (1, 2, 3));
 }
 
+/// Makes a good specification a bad one.
+type Spoil = fn(&mut ExportSpec);
+
 #[test]
 fn contradictions_are_refused_with_the_parameters_at_fault() {
-    type Change = fn(&mut ExportSpec);
-    let cases: [(Change, &str); 6] = [
+    let cases: [(Spoil, &str); 6] = [
         (|s| s.cache = Cache::Never, "cache never"),
         (|s| s.read_only = true, "read_only"),
         (|s| s.squash = Squash::Root, "squash"),

@@ -159,10 +159,11 @@ impl Connecting {
         if let Some(mismatch) = hello.mismatch() {
             return Err(mismatch.into());
         }
-        let [memory] = files.as_slice() else {
+        let mut files = files.into_iter();
+        let (Some(memory), counters, None) = (files.next(), files.next(), files.next()) else {
             return Err(ConnectError::NotADataplane(self.path.clone()));
         };
-        let region = Region::attach(Arc::new(Mapping::open(memory)?))?;
+        let region = Region::attach(Arc::new(Mapping::open(&memory)?))?;
         let socket = self
             .socket
             .try_clone()
@@ -173,6 +174,7 @@ impl Connecting {
             consumer: Consumer::new(region, REPLIES)?,
             socket: Arc::new(socket),
             peer,
+            counters,
         }))
     }
 

@@ -122,6 +122,8 @@ pub struct Listener {
     epoll: Epoll,
     strangers: Vec<(OwnedFd, Peer)>,
     live: Weak<OwnedFd>,
+    /// The counters, for every control plane to read.
+    counters: Option<OwnedFd>,
     /// The lock on the run directory, held until the socket is removed.
     _lock: Flock<File>,
 }
@@ -230,8 +232,14 @@ impl Listener {
             epoll,
             strangers: Vec::new(),
             live: Weak::new(),
+            counters: None,
             _lock: lock,
         })
+    }
+
+    /// Gives every control plane the file of the counters from now on.
+    pub fn share_counters(&mut self, file: OwnedFd) {
+        self.counters = Some(file);
     }
 
     /// Path of the socket.
@@ -326,9 +334,13 @@ impl Listener {
             consumer: Consumer::new(region, COMMANDS)?,
             socket: Arc::new(socket),
             peer,
+            counters: None,
         };
         let bytes = Hello::ours(Verdict::Welcome).to_bytes();
-        let files = [memory.as_raw_fd()];
+        let counters = self.counters.as_ref().map(AsRawFd::as_raw_fd);
+        let files: Vec<RawFd> = core::iter::once(memory.as_raw_fd())
+            .chain(counters)
+            .collect();
         let rights = [ControlMessage::ScmRights(&files)];
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         sendmsg::<()>(

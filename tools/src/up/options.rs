@@ -66,6 +66,9 @@ pub struct Args {
     /// Methods that members of a group may call, as GROUP:METHOD,METHOD or GROUP:*; may be given several times
     #[arg(long, value_name = "RULE")]
     pub allow: Vec<String>,
+    /// Serve metrics for Prometheus on a unix socket or a loopback address
+    #[arg(long, value_name = "PLACE")]
+    pub metrics: Option<String>,
     /// User that the control plane runs as when root starts it [default: nobody]
     #[arg(long, value_name = "USER")]
     pub control_user: Option<String>,
@@ -124,6 +127,7 @@ impl Args {
             no_autosave: self.no_autosave || other.no_autosave,
             socket_mode: self.socket_mode.or(other.socket_mode),
             socket_group: self.socket_group.or(other.socket_group),
+            metrics: self.metrics.or(other.metrics),
             allow: if self.allow.is_empty() {
                 other.allow
             } else {
@@ -170,6 +174,7 @@ impl Args {
         line.flag("--no-autosave", self.no_autosave);
         line.option("--socket-mode", self.socket_mode.as_ref());
         line.option("--socket-group", self.socket_group.as_ref());
+        line.option("--metrics", self.metrics.as_ref());
         for rule in &self.allow {
             line.option("--allow", Some(rule));
         }

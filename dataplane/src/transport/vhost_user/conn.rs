@@ -378,7 +378,8 @@ impl Conn {
         queue.desc = self.memory.guest_address(addr.desc)?;
         queue.avail = self.memory.guest_address(addr.avail)?;
         queue.used = self.memory.guest_address(addr.used)?;
-        let state = ring.start_state(packed, device.queues.map(), queue.used)?;
+        let places = (queue.desc, queue.used);
+        let state = ring.start_state(packed, device.queues.map(), places)?;
         let inflight = match &self.record {
             Some(record) if !packed => record.queue(idx)?,
             _ => None,

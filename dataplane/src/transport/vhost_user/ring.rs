@@ -14,6 +14,7 @@ use super::wire::VringAddr;
 use crate::mem::{GuestMap, Iova};
 use crate::os::eventfd::EventFd;
 use crate::virtio::queue::QueueState;
+use crate::virtio::spec::{DESC_SIZE, DescFlags, PackedDesc};
 
 /// How often a ring is looked at whose driver gives no kicks.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
@@ -98,10 +99,11 @@ impl Ring {
         &self,
         packed: bool,
         map: &GuestMap,
-        used: Iova,
+        (desc, used): (Iova, Iova),
     ) -> Result<QueueState, PeerError> {
         let mut state = match &self.base {
             Base::Fresh => QueueState::fresh(packed),
+            Base::Given(0) if packed && is_fresh(map, desc)? => QueueState::fresh(packed),
             Base::Given(num) => QueueState {
                 avail: *num as u16,
                 used: (*num >> 16) as u16,
@@ -121,6 +123,17 @@ impl Ring {
         }
         Ok(state)
     }
+}
+
+/// Whether a packed ring that is said to begin at 0 has never been round. The wrap counters of a fresh ring are 1, yet some
+/// front ends say 0 whatever the format, which is also where a ring stands after an odd number of rounds. Its first descriptor
+/// tells: after such a round it has been used, and the driver has not taken the mark away; in a fresh ring it has none.
+fn is_fresh(map: &GuestMap, desc: Iova) -> Result<bool, PeerError> {
+    let mut first: [u8; DESC_SIZE] = [0; _];
+    map.read(desc, &mut first)?;
+    let first: PackedDesc = zerocopy::transmute!(first);
+    let flags = DescFlags::from_bits_retain(first.flags.get());
+    Ok(!flags.contains(DescFlags::USED))
 }
 
 /// In place of a kick when the driver gives none: it fires by itself.

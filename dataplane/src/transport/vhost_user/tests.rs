@@ -433,6 +433,25 @@ fn a_packed_ring_has_both_positions_and_wrap_counters() {
 }
 
 #[test]
+fn a_packed_ring_at_0_is_fresh_unless_its_first_descriptor_has_been_used() {
+    let mut packed = spec();
+    packed.packed_vq = true;
+    let mut rig = rig_of("packed0", &packed);
+    rig.negotiate_features(FEATURES | 1 << 34);
+    rig.set_memory();
+    // Untouched, made available in a fresh ring, used in the first round.
+    for (index, flags, start) in [(0, 0u16, 0x8000), (1, 0x80, 0x8000), (2, 0x8080, 0)] {
+        let at = GUEST + u64::from(index) * 0x1_0000 + 14;
+        nix::sys::uio::pwrite(&rig.memory, &flags.to_le_bytes(), at as i64).unwrap();
+        rig.set_up_ring(index);
+        rig.vring(Request::SetVringEnable, index, 1);
+        rig.kick(index);
+        let state = &rig.cores.started.last().unwrap().config.state;
+        assert_eq!((state.avail, state.used), (start, start), "{flags:#x}");
+    }
+}
+
+#[test]
 fn disabling_a_ring_is_acknowledged_once_it_has_stopped_and_enabling_goes_on_there() {
     let mut rig = rig("disable");
     rig.bring_up();

@@ -1,0 +1,102 @@
+use std::os::fd::OwnedFd;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::*;
+
+fn leaked(cores: usize) -> (&'static Counters, OwnedFd) {
+    let (counters, file) = Counters::create(cores).unwrap();
+    (Box::leak(Box::new(counters)), file)
+}
+
+#[test]
+fn what_cores_count_is_read_through_the_file() {
+    let (counters, file) = leaked(2);
+    let words = counters.words();
+    register(words, 7, "vfsdev0");
+    register(words, 7 + 128, "same place");
+    let reading = Counters::open(&file).unwrap();
+    let reader = reading.reader();
+    assert_eq!(reader.cores(), 2);
+    let devices = reader.devices();
+    assert_eq!(devices.len(), 1);
+    assert_eq!((devices[0].id, devices[0].name.as_str()), (7, "vfsdev0"));
+
+    let core = CoreCounters::new(words, 1);
+    assert!(core.counts(7) && !core.counts(7 + 128) && !core.counts(8));
+    let request = Finished {
+        opcode: 15,
+        error: false,
+        read: 4096,
+        written: 0,
+        ns: 1000,
+    };
+    core.finished(7, request);
+    core.finished(
+        7,
+        Finished {
+            error: true,
+            ..request
+        },
+    );
+    core.finished(
+        7,
+        Finished {
+            opcode: 4096,
+            ns: u64::MAX,
+            ..request
+        },
+    );
+    core.add(CoreCounter::Busy, 5);
+    let op = reader.op(1, 7, 15);
+    assert_eq!((op.requests, op.errors, op.ns), (2, 1, 2000));
+    assert_eq!(op.buckets[1], 2, "1000 ns is less than 1024 ns");
+    let other = reader.op(1, 7, OPCODES - 1);
+    assert_eq!((other.requests, other.buckets[BUCKETS - 1]), (1, 1));
+    assert_eq!(reader.bytes(1, 7), (3 * 4096, 0));
+    assert_eq!(reader.core(1, CoreCounter::Busy), 5);
+    assert_eq!(reader.op(0, 7, 15), OpTotals::default());
+
+    unregister(words, 7);
+    assert!(reader.devices().is_empty());
+    register(words, 7, "again");
+    assert_eq!(reader.op(1, 7, 15), OpTotals::default());
+    assert_eq!(reader.bytes(1, 7), (0, 0));
+}
+
+#[test]
+fn every_latency_has_a_bucket_that_is_above_it_and_no_more_than_twice() {
+    for shift in 0..64 {
+        for ns in [1u64 << shift, (1u64 << shift) - 1] {
+            let at = bucket(ns);
+            assert!(at < BUCKETS);
+            if at < BUCKETS - 1 {
+                let limit = 1u64 << (at as u32 + FIRST_BUCKET);
+                assert!(ns < limit, "{ns} is in the bucket below {limit}");
+                assert!(
+                    at == 0 || ns >= limit / 2,
+                    "{ns} is not in the bucket below {limit}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn memory_that_may_shrink_or_holds_something_else_is_refused() {
+    let file = memfd_create("test", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
+    assert!(matches!(Counters::open(&file), Err(MapError::Unsealed(_))));
+    let (counters, file) = leaked(1);
+    let word = &counters.words()[1];
+    word.store(3, Ordering::Relaxed);
+    assert!(matches!(Counters::open(&file), Err(MapError::Form)));
+}
+
+#[test]
+fn nobody_else_can_write_the_counters() {
+    let (_, file) = leaked(1);
+    assert_eq!(
+        nix::unistd::write(&file, b"x"),
+        Err(nix::errno::Errno::EPERM)
+    );
+}
