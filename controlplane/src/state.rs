@@ -79,13 +79,42 @@ pub enum FsdevKindV1 {
         max_readahead: u32,
         /// Whether READ and WRITE are skipped.
         skip_rw: bool,
-        /// Validity of attributes in milliseconds.
-        attr_valid_ms: u32,
+        /// Validity of attributes in milliseconds, if it was given.
+        attr_valid_ms: Option<u32>,
         /// Where calls that may block are made.
         metadata: String,
+        /// How the directory is exported; absent in older files.
+        #[serde(default)]
+        export: Box<ExportV1>,
     },
     /// Answers everything, stores nothing.
     Null {},
+}
+
+/// How a directory is exported. A text is what the parameter of the same name takes; an absent one stands for the default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExportV1 {
+    /// What the guest may cache.
+    pub cache: Option<String>,
+    /// Validity of names in milliseconds.
+    pub entry_valid_ms: Option<u32>,
+    /// Validity of the absence of names in milliseconds.
+    pub negative_valid_ms: Option<u32>,
+    /// Whether the guest can change nothing.
+    pub read_only: bool,
+    /// User ids.
+    pub map_uid: String,
+    /// Group ids.
+    pub map_gid: String,
+    /// Which users are squashed.
+    pub squash: Option<String>,
+    /// The user that they act as.
+    pub anon_uid: Option<u32>,
+    /// The group that they act as.
+    pub anon_gid: Option<u32>,
+    /// Names of extended attributes.
+    pub xattr_map: String,
 }
 
 /// A transport.

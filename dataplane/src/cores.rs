@@ -1,4 +1,4 @@
-//! The cores: pinned threads that run a [`Reactor`] each, their helper threads, and the management thread's handle on them.
+//! The cores: pinned threads that run a [`crate::reactor::Reactor`] each, their helper threads, and the management thread's handle on them.
 //!
 //! The management thread talks to a core through its mailbox and hears from it through [`CoreSet::take_event`]. A core
 //! never waits for the management thread, and the other way round.
@@ -102,8 +102,11 @@ pub struct CoreOptions {
 /// What the management thread knows of a device's queues.
 struct DeviceEntry<B> {
     shared: Arc<DeviceShared<B>>,
-    /// Cores that have still to put a new guest map into use.
+    /// Reports of cores that put a new guest map into use, still to come.
     maps_pending: usize,
+    /// Maps that those reports are about. The cores report in no common order, so all count as replaced when the last
+    /// report is there.
+    maps_asked: usize,
 }
 
 /// All cores, in the hands of the management thread.
@@ -111,6 +114,8 @@ pub struct CoreSet<B: Backend> {
     mailboxes: Vec<Arc<CoreMailbox<B>>>,
     events: Arc<Mailbox<CoreEvent>>,
     local: VecDeque<CoreEvent>,
+    /// What [`CoreSet::take_event`] has looked at already.
+    settled: VecDeque<CoreEvent>,
     helpers: Arc<Helpers<B>>,
     threads: Vec<JoinHandle<()>>,
     core_threads: usize,
@@ -173,6 +178,7 @@ impl<B: Backend> CoreSet<B> {
             mailboxes,
             events,
             local: VecDeque::new(),
+            settled: VecDeque::new(),
             helpers,
             threads,
             core_threads,
@@ -202,6 +208,7 @@ impl<B: Backend> CoreSet<B> {
             DeviceEntry {
                 shared,
                 maps_pending: 0,
+                maps_asked: 0,
             },
         );
     }
@@ -219,7 +226,7 @@ impl<B: Backend> CoreSet<B> {
 
     /// The management thread is about to sleep on [`CoreSet::event_fd`]; `false` when there are events.
     pub fn prepare_sleep(&self) -> bool {
-        self.local.is_empty() && self.events.prepare_sleep()
+        self.local.is_empty() && self.settled.is_empty() && self.events.prepare_sleep()
     }
 
     /// The management thread is awake again.
@@ -235,6 +242,9 @@ impl<B: Backend> CoreSet<B> {
 
     /// The next thing that the cores have to say.
     pub fn take_event(&mut self) -> Option<CoreEvent> {
+        if let Some(event) = self.settled.pop_front() {
+            return Some(event);
+        }
         loop {
             let event = self.local.pop_front().or_else(|| self.events.take())?;
             match &event {
@@ -251,6 +261,9 @@ impl<B: Backend> CoreSet<B> {
                     if entry.maps_pending > 0 {
                         continue;
                     }
+                    let more = std::mem::take(&mut entry.maps_asked).saturating_sub(1);
+                    self.settled
+                        .extend(std::iter::repeat_n(event.clone(), more));
                 }
                 CoreEvent::QueueFailed { .. } | CoreEvent::Mounted { .. } => {}
             }
@@ -367,6 +380,7 @@ impl<B: Backend> Cores for CoreSet<B> {
             return;
         };
         entry.maps_pending += cores.len().max(1);
+        entry.maps_asked += 1;
         if cores.is_empty() {
             self.local.push_back(CoreEvent::MemoryReplaced { device });
         }

@@ -36,6 +36,8 @@ struct CoreDevice<B> {
     epoch: u32,
     /// The map that replaces the present one as soon as nothing in flight uses that.
     next_map: Option<Arc<GuestMap>>,
+    /// How often a new map was asked for since the last was put into use; each wants its report.
+    maps_asked: u32,
     /// The last seen value of the backend's lock epoch.
     lock_epoch: u64,
 }

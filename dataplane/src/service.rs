@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ferry_shared::counters;
 use ferry_shared::errno::Errno;
@@ -24,6 +25,7 @@ use crate::os::poller::{Poller, Token};
 use crate::platform::Platform;
 use crate::reactor::DeviceShared;
 use crate::transport::Transport;
+use crate::transport::log_gate::LogGate;
 
 /// The answer to a command: at once, or later under the same number.
 pub type Answer = (u64, Result<Reply, Failure>);
@@ -58,7 +60,11 @@ struct Device {
     next: Option<Next>,
     /// Told to pause, and not yet told to go on.
     paused: bool,
+    /// As last reported.
     connected: bool,
+    /// As last reported.
+    mounted: bool,
+    gate: LogGate,
 }
 
 /// The state of the data plane.
@@ -176,29 +182,6 @@ impl Service {
             let Some(device) = self.devices.iter_mut().find(|d| d.id == id) else {
                 continue;
             };
-            match &event {
-                CoreEvent::Mounted { mounted, .. } => {
-                    let mounted = *mounted;
-                    tracing::info!(
-                        device = device.spec.name,
-                        tag = device.spec.tag,
-                        mounted,
-                        "FUSE session"
-                    );
-                    self.events.push(Event::Mounted {
-                        device: device.spec.name.clone(),
-                        mounted,
-                    });
-                }
-                CoreEvent::QueueFailed { index, .. } => {
-                    tracing::warn!(
-                        device = device.spec.name,
-                        queue = index.0,
-                        "the driver broke the ring; it needs a reset"
-                    );
-                }
-                CoreEvent::QueueStopped { .. } | CoreEvent::MemoryReplaced { .. } => {}
-            }
             device.transport.core_event(event, &mut self.cores);
         }
         self.settle();
@@ -211,9 +194,9 @@ impl Service {
             device.transport.begin_close(&mut self.cores);
         }
         // Requests on a file system that never answers cannot be waited for; the kernel ends them with the process.
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(5);
         let mut ready = Vec::new();
-        while !self.devices.is_empty() && std::time::Instant::now() < deadline {
+        while !self.devices.is_empty() && Instant::now() < deadline {
             let timeout = if self.cores.prepare_sleep() { 100 } else { 0 };
             let _ = self.poller.wait(&mut ready, timeout);
             self.cores.awake();
@@ -397,6 +380,8 @@ impl Service {
             next: None,
             paused: false,
             connected: false,
+            mounted: false,
+            gate: LogGate::new(Instant::now()),
         });
         Ok(())
     }
@@ -454,15 +439,7 @@ impl Service {
     /// Goes on with devices that have become quiet, and reports connections that came or went.
     fn settle(&mut self) {
         for device in &mut self.devices {
-            let connected = device.transport.connected();
-            if connected != device.connected {
-                device.connected = connected;
-                tracing::info!(device = device.spec.name, connected, "peer");
-                self.events.push(Event::Connected {
-                    device: device.spec.name.clone(),
-                    connected,
-                });
-            }
+            device.notice_changes(&mut self.events);
         }
         while let Some(at) = self
             .devices
@@ -514,6 +491,37 @@ fn describe(device: &Device) -> Option<DeviceSnapshot> {
 }
 
 impl Device {
+    /// Reports a connection or a FUSE session that has come or gone. What changes back in between is not worth a report,
+    /// and how often a guest mounts must not decide how much is logged.
+    fn notice_changes(&mut self, events: &mut Vec<Event>) {
+        let device = &self.spec.name;
+        let connected = self.transport.connected();
+        if connected != self.connected {
+            self.connected = connected;
+            events.push(Event::Connected {
+                device: device.clone(),
+                connected,
+            });
+        }
+        let mounted = self.shared.session.mounted();
+        if mounted != self.mounted {
+            self.mounted = mounted;
+            events.push(Event::Mounted {
+                device: device.clone(),
+                mounted,
+            });
+            if let Some(left_out) = self.gate.admit(Instant::now()) {
+                tracing::info!(
+                    device,
+                    tag = self.spec.tag,
+                    mounted,
+                    left_out,
+                    "FUSE session"
+                );
+            }
+        }
+    }
+
     /// Refuses while an earlier command is still under way.
     fn idle(&self) -> Result<(), Failure> {
         let what = match &self.next {

@@ -35,7 +35,7 @@ fn descriptors_run_out_only_when_every_one_is_an_open_file() {
         max_xfer_size: 4096,
         max_readahead: 4096,
         skip_rw: false,
-        attr_valid_ms: 0,
+        export: ferry_shared::export::ExportSpec::default(),
         metadata: Placement::Inline,
     };
     // The budget alone would allow more than the process has.

@@ -1,8 +1,10 @@
 //! Fuzz targets as plain functions: libFuzzer runs them through `fuzz_targets/`, and a test replays the committed seeds in
 //! `corpus/` through them on stable Rust. A target panics when a rule is broken and returns otherwise.
 
+mod cores;
 pub mod fuse;
 pub mod queue;
+pub mod vfio_user;
 pub mod vhost_user;
 
 /// A fuzz target.
@@ -31,6 +33,10 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "packed",
         run: queue::packed,
+    },
+    Target {
+        name: "vfio_user",
+        run: vfio_user::commands,
     },
     Target {
         name: "vhost_user",

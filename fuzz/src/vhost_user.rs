@@ -1,77 +1,23 @@
 //! A vhost-user device with a front end that says anything.
 
-use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use ferry_dataplane::engine::{CoreEvent, Cores, DeviceId, QueueIdx, QueueStart};
-use ferry_dataplane::mem::GuestMap;
 use ferry_dataplane::os::eventfd::EventFd;
 use ferry_dataplane::os::mmap::new_memfd;
 use ferry_dataplane::os::poller::Poller;
 use ferry_dataplane::os::socket::{Received, Stream};
 use ferry_dataplane::transport::vhost_user::VhostUser;
 use ferry_dataplane::transport::vhost_user::wire::Request;
-use ferry_dataplane::virtio::chain::Chain;
-use ferry_dataplane::virtio::queue::Queue;
 use ferry_shared::msg::{Attach, DeviceSpec, Platform};
 
-/// The device.
-const DEVICE: DeviceId = DeviceId(0);
+use crate::cores::{DEVICE, Obliging};
+
 /// Bytes of the file that the front end offers as memory.
 const MEMORY: u64 = 1 << 16;
-
-/// Cores that start every queue, look at its ring once, and answer everything that they are asked.
-#[derive(Default)]
-struct Obliging(VecDeque<CoreEvent>);
-
-impl Obliging {
-    fn stopped(&mut self, index: QueueIdx) {
-        self.0.push_back(CoreEvent::QueueStopped {
-            device: DEVICE,
-            index,
-            state: Default::default(),
-        });
-    }
-}
-
-impl Cores for Obliging {
-    fn start_queue(&mut self, start: QueueStart) {
-        let index = start.index;
-        let failed = CoreEvent::QueueFailed {
-            device: DEVICE,
-            index,
-        };
-        match Queue::new(start.config, &start.map, start.inflight) {
-            Ok(mut queue) => match queue.pop(&mut Chain::new()) {
-                Ok(Some(popped)) => queue.push_used(popped.head, 0),
-                Ok(None) => {}
-                Err(_) => self.0.push_back(failed),
-            },
-            Err(_) => self.0.push_back(failed),
-        }
-    }
-
-    fn stop_queue(&mut self, _device: DeviceId, index: QueueIdx) {
-        self.stopped(index);
-    }
-
-    fn reset_queue(&mut self, _device: DeviceId, index: QueueIdx) {
-        self.stopped(index);
-    }
-
-    fn set_call(&mut self, _device: DeviceId, _index: QueueIdx, _call: Option<Arc<EventFd>>) {}
-
-    fn set_memory(&mut self, _device: DeviceId, _map: Arc<GuestMap>) {
-        self.0
-            .push_back(CoreEvent::MemoryReplaced { device: DEVICE });
-    }
-
-    fn end_session(&mut self, _device: DeviceId) {}
-}
 
 struct World {
     device: VhostUser,

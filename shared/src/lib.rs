@@ -7,6 +7,7 @@ extern crate alloc;
 
 pub mod counters;
 pub mod errno;
+pub mod export;
 #[cfg(all(feature = "std", not(loom)))]
 pub mod handshake;
 pub mod limits;

@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 use crate::errno::Errno;
+use crate::export::ExportSpec;
 use crate::limits;
 
 /// One frame from the control plane.
@@ -285,10 +286,10 @@ pub struct AioSpec {
     pub max_readahead: u32,
     /// Complete READ and WRITE without doing them (measurement only).
     pub skip_rw: bool,
-    /// How long the guest may trust attributes and names, in milliseconds.
-    pub attr_valid_ms: u32,
     /// How calls that may block are made.
     pub metadata: Placement,
+    /// What the guest may cache, write and name.
+    pub export: ExportSpec,
 }
 
 /// Where calls are made that may block.
@@ -425,7 +426,9 @@ impl FsdevSpec {
                     aio.max_xfer_size,
                     limits::MIN_XFER_SIZE,
                     limits::MAX_DATA_BUFFER,
-                )
+                )?;
+                let export = &aio.export;
+                export.check(aio.enable_writeback_cache, aio.enable_xattr)
             }
         }
     }

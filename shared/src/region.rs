@@ -34,6 +34,7 @@ const MAGIC: [u32; 2] = [u32::from_le_bytes(*b"Ferr"), u32::from_le_bytes(*b"yRn
 pub const LAYOUT_HASH: u64 = {
     let mut hash = fnv1a(FNV_OFFSET, include_bytes!("msg.rs"));
     hash = fnv1a(hash, include_bytes!("errno.rs"));
+    hash = fnv1a(hash, include_bytes!("export.rs"));
     let numbers = [
         PROTOCOL_VERSION as usize,
         COMMANDS_BYTES,

@@ -160,7 +160,7 @@ if [ -n "$TAG" ]; then
     [ $failed = 0 ] || finish
     check "mount of a wrong tag" mount_wrong_tag
 fi
-mkdir -p "$DIR/kept"
+rm -rf "$DIR/kept" && mkdir "$DIR/kept"
 check "64 MiB written and read back" read_back_64_mib
 "$CHECKS" list > "$SCRATCH/names"
 while read -r line; do

@@ -5,6 +5,7 @@ use crate::process::Process;
 use crate::rigs::{Rigs, build_checks};
 use crate::{TempDir, repository};
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -154,7 +155,7 @@ impl Guest {
             Machine::Qemu { kernel, processors } => self.qemu_command(kernel, processors, &dir)?,
             Machine::UserMode => self.user_mode_command(&dir)?,
         };
-        let ended = Process::start(&command, &console)?.wait(limit);
+        let ended = Process::start_ending_by(Signal::SIGKILL, &command, &console)?.wait(limit);
         let archive = dir.join("results.tar");
         if archive.exists() {
             let status = Command::new("tar")

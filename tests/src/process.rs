@@ -45,13 +45,21 @@ impl Process {
     /// # Errors
     /// When the log cannot be opened or the program cannot be started.
     pub fn start(command: &Command, log: &Path) -> Result<Self> {
+        Self::start_ending_by(Signal::SIGTERM, command, log)
+    }
+
+    /// As [`Process::start`], for a program that may not heed SIGTERM: `signal` ends it should the test be killed.
+    ///
+    /// # Errors
+    /// As [`Process::start`].
+    pub fn start_ending_by(signal: Signal, command: &Command, log: &Path) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let out = File::options()
             .create(true)
             .append(true)
             .open(log)
             .with_context(|| format!("open {}", log.display()))?;
-        let child = ending_with_us(command)
+        let child = ending_with_us(signal, command)
             .stdin(Stdio::null())
             .stdout(out.try_clone()?)
             .stderr(out)
@@ -125,10 +133,10 @@ impl Process {
 }
 
 /// The same command, but asked to end by the kernel should the test be killed without a chance to clean up.
-fn ending_with_us(command: &Command) -> Command {
+fn ending_with_us(signal: Signal, command: &Command) -> Command {
     let mut wrapped = Command::new("setpriv");
     wrapped
-        .args(["--pdeathsig", "TERM"])
+        .args(["--pdeathsig", signal.as_str().trim_start_matches("SIG")])
         .arg(command.get_program())
         .args(command.get_args());
     for (name, value) in command.get_envs() {

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-const START_LIMIT: Duration = Duration::from_secs(30);
-const STOP_LIMIT: Duration = Duration::from_secs(30);
+const START_LIMIT: Duration = Duration::from_secs(120);
+const STOP_LIMIT: Duration = Duration::from_secs(120);
 
 /// A binary of the workspace: from `FERRY_BIN_DIR`, or from the directory that holds the running test's build.
 ///
@@ -118,9 +118,9 @@ impl Service {
             dir,
             rpc_socket,
         };
-        let ready = wait_until("the service answers", START_LIMIT, || {
+        let ready = wait_until("the service is ready", START_LIMIT, || {
             ensure!(service.process.running()?, "ferry up has ended");
-            Ok(service.rpc("spdk_get_version")?.ok)
+            Ok(service.log().lines().any(|line| line.starts_with("READY ")))
         });
         ready.with_context(|| format!("log of the service:\n{}", service.log()))?;
         Ok(service)

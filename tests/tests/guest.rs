@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 const TAG: &str = "checked";
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(1500);
 const LEAST_CHECKS: u32 = 60;
 
 /// A service that exports a fresh directory with the options that the checks need.
@@ -106,7 +106,15 @@ fn check_export(export: &Path) -> Result<()> {
 }
 
 fn verdict(service: &Service, export: &Path, outcome: &Outcome) -> Result<()> {
-    let (passed, failed) = outcome.counts()?;
+    let counts = outcome.counts().with_context(|| {
+        format!(
+            "{}\n{}\nservice:\n{}",
+            outcome.output,
+            outcome.dmesg,
+            service.log()
+        )
+    });
+    let (passed, failed) = counts?;
     println!("{}", outcome.output);
     let log = service.log();
     ensure!(

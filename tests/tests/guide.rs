@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(30);
-const GUEST_LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(120);
+const GUEST_LIMIT: Duration = Duration::from_secs(900);
 
 /// Makes the private layers, then becomes the service.
 const ENTER: &str = "set -e
@@ -76,9 +76,13 @@ impl Host {
         }
         let process = Process::start(&command, &dir.join("log"))?;
         let mut host = Self { process, dir, path };
-        let ready = wait_until("the service answers", LIMIT, || {
+        let ready = wait_until("the service is ready", LIMIT, || {
             ensure!(host.process.running()?, "ferry up has ended");
-            Ok(host.run("rpc.py spdk_get_version")?.status.success())
+            Ok(host
+                .process
+                .output()
+                .lines()
+                .any(|line| line.starts_with("READY ")))
         });
         ready.with_context(|| format!("log of the service:\n{}", host.process.output()))?;
         Ok(host)

@@ -166,7 +166,7 @@ fn spec(root: &Path) -> (FsdevSpec, DeviceSpec) {
         max_xfer_size: 128 * 1024,
         max_readahead: 128 * 1024,
         skip_rw: false,
-        attr_valid_ms: 0,
+        export: ferry_shared::export::ExportSpec::default(),
         metadata: Placement::Auto,
     };
     let device = DeviceSpec {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 /// The build may have to do everything.
 const BUILD_LIMIT: Duration = Duration::from_secs(1500);
-const STOP_LIMIT: Duration = Duration::from_secs(60);
+const STOP_LIMIT: Duration = Duration::from_secs(180);
 
 /// The processes that still carry our temporary directory in their environment.
 fn processes_with(mark: &str) -> Result<Vec<String>> {

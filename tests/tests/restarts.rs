@@ -45,7 +45,7 @@ impl Rig {
             .arg("--no-huge")
             .arg("--run-dir")
             .arg(dir.join("run"));
-        let dataplane = Process::start(&mut command, &dir.join("dataplane.log"))?;
+        let dataplane = Process::start(&command, &dir.join("dataplane.log"))?;
         wait_until("the data plane is there", LIMIT, || {
             Ok(dir.join("run").join("dataplane.sock").exists())
         })?;
@@ -70,7 +70,7 @@ impl Rig {
             .arg(self.dir.join(state))
             .env_remove("SPDK_RPC_INIT_CONF")
             .env_remove("SPDK_RPC_INIT_CONF_JSON");
-        Process::start(&mut command, &self.dir.join("controlplane.log"))
+        Process::start(&command, &self.dir.join("controlplane.log"))
     }
 
     /// A connection to a control plane that has seen the data plane.

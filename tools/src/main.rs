@@ -17,7 +17,7 @@ enum Command {
     /// Attach to a function from this host and mount it through the kernel's FUSE.
     Mount(ferry_tools::mount::Args),
     /// Start and supervise both processes, for machines without a service manager.
-    Up(ferry_tools::up::Args),
+    Up(Box<ferry_tools::up::Args>),
     /// Send RPCs to the control plane; `ferry rpc -h` lists them.
     #[command(name = "rpc")]
     Rpc,
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     }
     let outcome = match Cli::parse().command {
         Command::Mount(args) => ferry_tools::mount::run(&args),
-        Command::Up(args) => ferry_tools::up::run(args),
+        Command::Up(args) => ferry_tools::up::run(*args),
         Command::Rpc => return ferry_tools::rpc::run(std::iter::empty()),
     };
     match outcome {

@@ -273,6 +273,22 @@ fn a_device_that_dies_or_refuses_is_named_with_the_message() {
 }
 
 #[test]
+fn a_device_that_has_another_driver_turns_this_one_away() {
+    for ((protocol, serve), message) in BOTH.into_iter().zip(["GET_FEATURES", "VERSION"]) {
+        let dir = Scratch::new(&format!("away-{protocol:?}"));
+        let socket = dir.0.join("s");
+        let fake = Fake {
+            dies_at: Some(message),
+            ..Fake::default()
+        };
+        let server = serve(&socket, fake, Log::default());
+        let error = Device::connect(&socket, Some(protocol)).expect_err("not wanted");
+        assert!(matches!(error, DriverError::TurnedAway), "{error:?}");
+        server.join().expect("the device had no complaints");
+    }
+}
+
+#[test]
 fn unusable_devices_are_refused_with_the_reason() {
     let none = Fake {
         request_queues: 0,

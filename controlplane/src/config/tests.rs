@@ -180,8 +180,17 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     let transport = move || name(&["DOCA", "VHOST_USER"]);
     let aio = (fsdev(), any::<bool>(), 4096..262_144u32, any::<u32>(), name(&["inline", "offload", "auto"])).prop_map(
         |(name, flag, size, number, metadata)| {
-            let params = json!({"name": name, "root_path": "/srv/\"ä b\"", "enable_xattr": flag, "skip_rw": !flag,
-                "max_xfer_size": size, "max_readahead": number, "attr_valid_ms": number, "metadata": metadata});
+            let mut params = json!({"name": name, "root_path": "/srv/\"ä b\"", "enable_xattr": flag, "skip_rw": !flag,
+                "max_xfer_size": size, "max_readahead": number, "metadata": metadata, "read_only": flag});
+            if flag {
+                params["cache"] = json!("always");
+                params["map_uid"] = json!("0:100000:65536,70000:5:1");
+                params["squash"] = json!("root");
+                params["anon_uid"] = json!(number / 2);
+                params["xattr_map"] = json!("trusted.=user.g.trusted.,security.=!");
+            } else {
+                params["attr_valid_ms"] = json!(number);
+            }
             ("fsdev_aio_create", params)
         },
     );

@@ -4,6 +4,12 @@
 //! asks for, so a file that an older version has written cannot bring the model into a state that has no rules.
 
 use ferry_shared::errno::Errno;
+use ferry_shared::export::Cache;
+use ferry_shared::export::ExportSpec;
+use ferry_shared::export::IdMap;
+use ferry_shared::export::OVERFLOW_ID;
+use ferry_shared::export::Squash;
+use ferry_shared::export::XattrMap;
 use ferry_shared::msg;
 use ferry_shared::msg::AioSpec;
 use ferry_shared::msg::Attach;
@@ -27,6 +33,7 @@ use super::placement_name;
 use super::refuse;
 use crate::state::DeviceStateV1;
 use crate::state::DeviceV1;
+use crate::state::ExportV1;
 use crate::state::FsdevKindV1;
 use crate::state::FsdevV1;
 use crate::state::ManagerV1;
@@ -216,8 +223,8 @@ fn store_fsdev(fsdev: &Fsdev) -> FsdevV1 {
                 max_xfer_size,
                 max_readahead,
                 skip_rw,
-                attr_valid_ms,
                 metadata,
+                export,
             } = aio;
             FsdevKindV1::Aio {
                 root_path: root_path.clone(),
@@ -226,8 +233,9 @@ fn store_fsdev(fsdev: &Fsdev) -> FsdevV1 {
                 max_xfer_size: *max_xfer_size,
                 max_readahead: *max_readahead,
                 skip_rw: *skip_rw,
-                attr_valid_ms: *attr_valid_ms,
+                attr_valid_ms: export.attr_valid_ms,
                 metadata: placement_name(*metadata).to_owned(),
+                export: Box::new(store_export(export)),
             }
         }
     };
@@ -235,6 +243,43 @@ fn store_fsdev(fsdev: &Fsdev) -> FsdevV1 {
         name: fsdev.spec.name.clone(),
         kind,
     }
+}
+
+fn store_export(export: &ExportSpec) -> ExportV1 {
+    ExportV1 {
+        cache: Some(export.cache.name().to_owned()),
+        entry_valid_ms: export.entry_valid_ms,
+        negative_valid_ms: export.negative_valid_ms,
+        read_only: export.read_only,
+        map_uid: export.map_uid.to_string(),
+        map_gid: export.map_gid.to_string(),
+        squash: Some(export.squash.name().to_owned()),
+        anon_uid: Some(export.anon_uid),
+        anon_gid: Some(export.anon_gid),
+        xattr_map: export.xattr_map.to_string(),
+    }
+}
+
+fn restore_export(export: ExportV1, attr_valid_ms: Option<u32>) -> Result<ExportSpec, Failure> {
+    Ok(ExportSpec {
+        cache: export
+            .cache
+            .as_deref()
+            .map_or(Ok(Cache::default()), Cache::parse)?,
+        attr_valid_ms,
+        entry_valid_ms: export.entry_valid_ms,
+        negative_valid_ms: export.negative_valid_ms,
+        read_only: export.read_only,
+        map_uid: IdMap::parse("map_uid", &export.map_uid)?,
+        map_gid: IdMap::parse("map_gid", &export.map_gid)?,
+        squash: export
+            .squash
+            .as_deref()
+            .map_or(Ok(Squash::None), Squash::parse)?,
+        anon_uid: export.anon_uid.unwrap_or(OVERFLOW_ID),
+        anon_gid: export.anon_gid.unwrap_or(OVERFLOW_ID),
+        xattr_map: XattrMap::parse(&export.xattr_map)?,
+    })
 }
 
 fn restore_kind(kind: FsdevKindV1) -> Result<FsdevKind, Failure> {
@@ -249,6 +294,7 @@ fn restore_kind(kind: FsdevKindV1) -> Result<FsdevKind, Failure> {
             skip_rw,
             attr_valid_ms,
             metadata,
+            export,
         } => FsdevKind::Aio(AioSpec {
             root_path,
             enable_xattr,
@@ -256,8 +302,8 @@ fn restore_kind(kind: FsdevKindV1) -> Result<FsdevKind, Failure> {
             max_xfer_size,
             max_readahead,
             skip_rw,
-            attr_valid_ms,
             metadata: parse_placement(&metadata)?,
+            export: restore_export(*export, attr_valid_ms)?,
         }),
     })
 }

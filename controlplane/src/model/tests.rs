@@ -69,7 +69,7 @@ fn aio(name: &str) -> FsdevSpec {
         max_xfer_size: 131_072,
         max_readahead: 131_072,
         skip_rw: false,
-        attr_valid_ms: 0,
+        export: ferry_shared::export::ExportSpec::default(),
         metadata: Placement::Auto,
     };
     FsdevSpec {
@@ -636,6 +636,15 @@ fn fsdevs_are_refused_by_name_path_and_size() {
         with(|aio| aio.max_xfer_size = 261_121),
         Errno::EINVAL,
         &["max_xfer_size", "261120"],
+    );
+    refused(
+        &model,
+        with(|aio| {
+            aio.enable_writeback_cache = true;
+            aio.export.read_only = true;
+        }),
+        Errno::EINVAL,
+        &["enable_writeback_cache", "read_only"],
     );
     refused(
         &model,

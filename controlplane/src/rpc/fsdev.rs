@@ -5,6 +5,12 @@ use std::rc::Rc;
 use serde_json::Value;
 use serde_json::json;
 
+use ferry_shared::export::Cache;
+use ferry_shared::export::ExportSpec;
+use ferry_shared::export::IdMap;
+use ferry_shared::export::OVERFLOW_ID;
+use ferry_shared::export::Squash;
+use ferry_shared::export::XattrMap;
 use ferry_shared::limits;
 use ferry_shared::msg::AioSpec;
 use ferry_shared::msg::Failure;
@@ -48,26 +54,52 @@ pub(super) fn fsdev_get_opts(app: &App, _: &Args) -> Result<Value, RpcError> {
 
 /// The parameters that rebuild an fsdev, without its name.
 fn specifics(kind: &FsdevKind) -> Value {
-    match kind {
-        FsdevKind::Null => json!({}),
-        FsdevKind::Aio(aio) => json!({
-            "root_path": aio.root_path,
-            "enable_xattr": aio.enable_xattr,
-            "enable_writeback_cache": aio.enable_writeback_cache,
-            "max_xfer_size": aio.max_xfer_size,
-            "max_readahead": aio.max_readahead,
-            "skip_rw": aio.skip_rw,
-            "attr_valid_ms": aio.attr_valid_ms,
-            "metadata": placement_name(aio.metadata),
-        }),
+    let FsdevKind::Aio(aio) = kind else {
+        return json!({});
+    };
+    let export = &aio.export;
+    let mut params = json!({
+        "root_path": aio.root_path,
+        "enable_xattr": aio.enable_xattr,
+        "enable_writeback_cache": aio.enable_writeback_cache,
+        "max_xfer_size": aio.max_xfer_size,
+        "max_readahead": aio.max_readahead,
+        "skip_rw": aio.skip_rw,
+        "metadata": placement_name(aio.metadata),
+        "cache": export.cache.name(),
+        "read_only": export.read_only,
+        "map_uid": export.map_uid.to_string(),
+        "map_gid": export.map_gid.to_string(),
+        "squash": export.squash.name(),
+        "anon_uid": export.anon_uid,
+        "anon_gid": export.anon_gid,
+        "xattr_map": export.xattr_map.to_string(),
+    });
+    // Those that were not given stay so: what they are depends on others.
+    for (name, given) in [
+        ("attr_valid_ms", export.attr_valid_ms),
+        ("entry_valid_ms", export.entry_valid_ms),
+        ("negative_valid_ms", export.negative_valid_ms),
+    ] {
+        if let Some(ms) = given {
+            params[name] = json!(ms);
+        }
     }
+    params
 }
 
+/// The same for reading, with what is in force where nothing was given.
 fn describe(fsdev: &Fsdev) -> Value {
+    let mut specific = specifics(&fsdev.spec.kind);
+    if let FsdevKind::Aio(aio) = &fsdev.spec.kind {
+        specific["attr_valid_ms"] = json!(aio.export.attr_ms());
+        specific["entry_valid_ms"] = json!(aio.export.entry_ms());
+        specific["negative_valid_ms"] = json!(aio.export.negative_ms());
+    }
     json!({
         "name": fsdev.spec.name,
         "module_name": module_name(&fsdev.spec.kind),
-        "module_specific": specifics(&fsdev.spec.kind),
+        "module_specific": specific,
     })
 }
 
@@ -96,6 +128,27 @@ pub(super) fn config(app: &App) -> Vec<Value> {
     requests
 }
 
+fn export_spec(args: &Args) -> Result<ExportSpec, Failure> {
+    let text = |name| args.text(name).unwrap_or_default();
+    Ok(ExportSpec {
+        cache: args
+            .text("cache")
+            .map_or(Ok(Cache::default()), Cache::parse)?,
+        attr_valid_ms: args.number("attr_valid_ms"),
+        entry_valid_ms: args.number("entry_valid_ms"),
+        negative_valid_ms: args.number("negative_valid_ms"),
+        read_only: args.flag("read_only").unwrap_or(false),
+        map_uid: IdMap::parse("map_uid", text("map_uid"))?,
+        map_gid: IdMap::parse("map_gid", text("map_gid"))?,
+        squash: args
+            .text("squash")
+            .map_or(Ok(Squash::None), Squash::parse)?,
+        anon_uid: args.number("anon_uid").unwrap_or(OVERFLOW_ID),
+        anon_gid: args.number("anon_gid").unwrap_or(OVERFLOW_ID),
+        xattr_map: XattrMap::parse(text("xattr_map"))?,
+    })
+}
+
 fn aio_spec(args: &Args) -> Result<AioSpec, Failure> {
     let metadata = match args.text("metadata") {
         None => Placement::default(),
@@ -112,8 +165,8 @@ fn aio_spec(args: &Args) -> Result<AioSpec, Failure> {
             .number("max_readahead")
             .unwrap_or(limits::DEFAULT_XFER_SIZE),
         skip_rw: args.flag("skip_rw").unwrap_or(false),
-        attr_valid_ms: args.number("attr_valid_ms").unwrap_or(0),
         metadata,
+        export: export_spec(args)?,
     })
 }
 

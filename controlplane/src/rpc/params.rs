@@ -253,18 +253,93 @@ pub(super) const AIO: &[Param] = &[
         ..PARAM
     },
     Param {
-        name: "attr_valid_ms",
-        kind: Kind::Number,
-        options: &["--attr-valid-ms"],
-        default: "0",
-        help: "how long the guest may trust attributes and names, in milliseconds",
-        ..PARAM
-    },
-    Param {
         name: "metadata",
         options: &["--metadata"],
         default: "auto",
         help: "where calls that may block are made: inline, offload or auto",
+        ..PARAM
+    },
+    Param {
+        name: "cache",
+        options: &["--cache"],
+        default: "auto",
+        help: "what the guest may cache: never, auto, metadata or always",
+        ..PARAM
+    },
+    Param {
+        name: "attr_valid_ms",
+        kind: Kind::Number,
+        options: &["--attr-valid-ms"],
+        default: "as cache says",
+        help: "how long the guest may trust attributes, in milliseconds",
+        ..PARAM
+    },
+    Param {
+        name: "entry_valid_ms",
+        kind: Kind::Number,
+        options: &["--entry-valid-ms"],
+        default: "attr_valid_ms",
+        help: "how long the guest may trust names, in milliseconds",
+        ..PARAM
+    },
+    Param {
+        name: "negative_valid_ms",
+        kind: Kind::Number,
+        options: &["--negative-valid-ms"],
+        default: "as cache says",
+        help: "how long the guest may trust that a name does not exist, in milliseconds",
+        ..PARAM
+    },
+    Param {
+        name: "read_only",
+        kind: Kind::OldFlag,
+        options: &["--read-only"],
+        default: "false",
+        help: "refuse every change with EROFS",
+        ..PARAM
+    },
+    Param {
+        name: "map_uid",
+        options: &["--map-uid"],
+        default: "all as they are",
+        help: "user ids, as GUEST:HOST:COUNT, several separated by commas; others are refused",
+        ..PARAM
+    },
+    Param {
+        name: "map_gid",
+        options: &["--map-gid"],
+        default: "all as they are",
+        help: "group ids, as map_uid",
+        ..PARAM
+    },
+    Param {
+        name: "squash",
+        options: &["--squash"],
+        default: "none",
+        help: "users that act as anon_uid and anon_gid: none, root or all",
+        ..PARAM
+    },
+    Param {
+        name: "anon_uid",
+        kind: Kind::Number,
+        options: &["--anon-uid"],
+        default: "65534",
+        help: "the host's user id for squashed users",
+        ..PARAM
+    },
+    Param {
+        name: "anon_gid",
+        kind: Kind::Number,
+        options: &["--anon-gid"],
+        default: "65534",
+        help: "the host's group id for squashed users",
+        ..PARAM
+    },
+    Param {
+        name: "xattr_map",
+        options: &["--xattr-map"],
+        default: "all as they are",
+        help: "names of extended attributes, as PREFIX=HOST_PREFIX or PREFIX=! to deny, several separated by commas; the first that fits decides",
         ..PARAM
     },
 ];

@@ -25,6 +25,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 backend: None,
                 epoch: 0,
                 next_map: None,
+                maps_asked: 0,
                 lock_epoch: 0,
             };
             device.refresh();
@@ -113,6 +114,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         match self.devices.iter_mut().find(|d| d.id == device) {
             Some(d) => {
                 d.next_map = Some(map);
+                d.maps_asked = d.maps_asked.saturating_add(1);
                 self.check_memory(device, sys);
             }
             None => sys.report(CoreEvent::MemoryReplaced { device }),
@@ -191,12 +193,11 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         {
             return;
         }
-        let Some(map) = self
-            .devices
-            .iter_mut()
-            .find(|d| d.id == device)
-            .and_then(|d| d.next_map.take())
-        else {
+        let Some(d) = self.devices.iter_mut().find(|d| d.id == device) else {
+            return;
+        };
+        let asked = core::mem::take(&mut d.maps_asked);
+        let Some(map) = d.next_map.take() else {
             return;
         };
         for at in 0..self.queues.len() {
@@ -223,7 +224,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 let _ = unsafe { body.as_mut() }.chain.retranslate(&map);
             }
         }
-        sys.report(CoreEvent::MemoryReplaced { device });
+        for _ in 0..asked {
+            sys.report(CoreEvent::MemoryReplaced { device });
+        }
     }
 
     /// Reports a queue that was asked to stop and has nothing in flight any more.
@@ -248,11 +251,8 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         };
         let last = !self.queues.iter().flatten().any(|q| q.device == device);
         if last {
-            if self
-                .devices
-                .iter()
-                .any(|d| d.id == device && d.next_map.is_some())
-            {
+            let asked = self.devices.iter().find(|d| d.id == device);
+            for _ in 0..asked.map_or(0, |d| d.maps_asked) {
                 sys.report(CoreEvent::MemoryReplaced { device });
             }
             self.devices.retain(|d| d.id != device);

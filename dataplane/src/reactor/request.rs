@@ -130,7 +130,8 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 unique: Some(unique),
             }) => {
                 self.set_unique(slot, unique);
-                self.fail(slot, errno, sys);
+                // A request whose buffers are out of reach looks short.
+                self.fail(slot, if faulty { Errno::EFAULT } else { errno }, sys);
             }
             Err(Malformed { unique: None, .. }) => self.release(slot, Some(0), sys),
             Ok(intake) => {

@@ -95,7 +95,7 @@ pub trait System<B> {
     fn interrupt(&mut self, call: &Self::Call);
     /// Puts an operation on the ring; `iovecs` stays where it is until the completion. `false` when the ring is full.
     fn submit(&mut self, slot: u32, op: IoOp, iovecs: &[IoVec]) -> bool;
-    /// Has a request run on the helper thread, which then hands the outcome to [`Reactor::offload_done`].
+    /// Has a request run on the helper thread, which then hands the outcome to [`super::Reactor::offload_done`].
     fn offload(&mut self, slot: u32, job: Job<B>);
     /// Tells the management thread.
     fn report(&mut self, event: CoreEvent);

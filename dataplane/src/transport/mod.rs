@@ -6,7 +6,7 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
-mod log_gate;
+pub(crate) mod log_gate;
 pub mod running;
 pub mod vfio_user;
 pub mod vhost_user;

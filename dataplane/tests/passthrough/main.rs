@@ -3,6 +3,7 @@
 mod alloc;
 mod data;
 mod escape;
+mod export;
 mod locks;
 mod meta;
 mod ops;

@@ -487,7 +487,7 @@ fn inode_flags_pass_and_other_ioctls_do_not() {
 
 #[test]
 fn what_is_trusted_is_trusted_for_as_long_as_the_parameter_says() {
-    let rig = Rig::with(|spec| spec.attr_valid_ms = 2_500);
+    let rig = Rig::with(|spec| spec.export.attr_valid_ms = Some(2_500));
     let entry = rig.mkdir(ROOT, "d").unwrap();
     assert_eq!(
         (entry.entry_valid, entry.entry_valid_nsec),

@@ -44,7 +44,7 @@ pub(crate) fn spec(root: &Path) -> AioSpec {
         max_xfer_size: 131_072,
         max_readahead: 131_072,
         skip_rw: false,
-        attr_valid_ms: 0,
+        export: ferry_shared::export::ExportSpec::default(),
         metadata: Placement::Auto,
     }
 }

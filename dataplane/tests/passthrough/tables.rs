@@ -123,6 +123,9 @@ fn a_full_inode_table_recovers() {
     assert_eq!(rig.look(ROOT, "f9").unwrap_err(), Errno::ENFILE);
     let made = rig.create_with(&root(), ROOT, "f10", libc::O_RDWR, 0o644, 0);
     assert_eq!(made.unwrap_err(), Errno::ENFILE);
+    let made = rig.create_with(&root(), ROOT, "new", libc::O_RDWR, 0o644, 0);
+    assert_eq!(made.unwrap_err(), Errno::ENFILE);
+    assert!(!rig.top.join("new").exists());
     assert_eq!(rig.fds(), fds);
     assert_eq!(rig.list(ROOT, 4096, true).len(), 14);
     // The listing has counted it once more.
@@ -149,6 +152,7 @@ fn a_full_handle_table_leaves_nothing_behind() {
     let made = rig.create_with(&root(), ROOT, "g", libc::O_RDWR, 0o644, 0);
     assert_eq!(made.unwrap_err(), Errno::ENFILE);
     assert_eq!((rig.fds(), rig.fs.usage()), before);
+    assert!(!rig.top.join("g").exists());
     rig.release(file.nodeid, fh);
     rig.open(file.nodeid, libc::O_RDONLY).unwrap();
 }

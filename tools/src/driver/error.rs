@@ -28,6 +28,11 @@ pub enum DriverError {
     /// The device closed the connection.
     #[error("the device closed the connection in answer to {0}")]
     Closed(&'static str),
+    /// The device closed the connection before it had answered anything.
+    #[error(
+        "the device turned the connection away: is another driver attached to it, or is it stopped?"
+    )]
+    TurnedAway,
     /// The device did not answer in time.
     #[error(
         "the device did not answer {0} in time; is the service stopped, or the socket's peer of another kind?"

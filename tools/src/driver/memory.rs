@@ -12,7 +12,7 @@ use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicUsize, Ordering};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -215,6 +215,17 @@ impl DmaMemory {
         // SAFETY: in the mapping (`pointer`), aligned (checked above, the mapping itself is page aligned), and shared only
         // with another process, whose accesses atomics model.
         unsafe { AtomicU16::from_ptr(at.as_ptr().cast()) }
+    }
+
+    /// A slice that is one 32-bit ring field.
+    pub(super) fn field32(&self, slice: DmaSlice) -> &AtomicU32 {
+        assert!(
+            slice.len == 4 && slice.offset.is_multiple_of(4),
+            "the field is aligned and of its own length"
+        );
+        let at = self.pointer(slice);
+        // SAFETY: as in `field`.
+        unsafe { AtomicU32::from_ptr(at.as_ptr().cast()) }
     }
 
     /// Where a slice is here. A slice that came from another memory may not fit this one, which is a bug of the caller.

@@ -32,7 +32,7 @@ pub use memory::{DmaMemory, DmaSlice, Pages};
 pub use queue::Queue;
 pub use ring::{Completion, MAX_PIECES, RingError, SubmitError};
 
-use ring::{RingFeatures, SplitRing};
+use ring::{Ring, RingFeatures};
 use socket::Socket;
 use vfio_user::VfioUser;
 use vhost_user::VhostUser;
@@ -43,7 +43,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait for an answer before concluding that the peer does not speak the protocol it was asked in.
 const ASK_PATIENCE: Duration = Duration::from_millis(500);
 /// What this driver can do with a ring.
-const RING_FEATURES: Features = Features::EVENT_IDX.union(Features::INDIRECT_DESC);
+const RING_FEATURES: Features = Features::EVENT_IDX
+    .union(Features::INDIRECT_DESC)
+    .union(Features::RING_PACKED);
 
 /// The protocols under which a function can be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -170,7 +172,7 @@ impl Device {
     /// Bytes of memory that [`Device::start`] will take for the virtqueues.
     pub fn memory_needed(&self, setup: &Setup) -> usize {
         let (size, ring) = self.ring(setup);
-        (usize::from(setup.request_queues) + 1) * SplitRing::memory_needed(size, ring.indirect)
+        (usize::from(setup.request_queues) + 1) * Ring::memory_needed(size, ring.indirect)
     }
 
     /// Negotiates, makes the virtqueues in `memory`, and lets the device begin.
@@ -235,6 +237,7 @@ impl Device {
         let features = RingFeatures {
             event_idx: usable.contains(Features::EVENT_IDX),
             indirect: usable.contains(Features::INDIRECT_DESC),
+            packed: usable.contains(Features::RING_PACKED),
         };
         (size, features)
     }
@@ -246,7 +249,7 @@ impl Device {
         features: RingFeatures,
         memory: &Arc<DmaMemory>,
     ) -> Result<Queue> {
-        let ring = SplitRing::new(Arc::clone(memory), size, features).ok_or(DriverError::NoRoom)?;
+        let ring = Ring::new(Arc::clone(memory), size, features).ok_or(DriverError::NoRoom)?;
         let call = EventFd::new().map_err(DriverError::io("make an event counter"))?;
         let kick = match &mut self.transport {
             Transport::Vhost(device) => device.start_queue(index, &ring, memory, &call)?,
@@ -258,13 +261,14 @@ impl Device {
 
 impl Transport {
     fn vfio_user(path: &Path) -> Result<Transport> {
-        let client = VfioUser::open(Socket::connect(path, PATIENCE)?)?;
+        let socket = Socket::connect(path, PATIENCE)?;
+        let client = VfioUser::open(socket).map_err(turned_away)?;
         Ok(Transport::Pci(Box::new(VirtioPci::open(client)?)))
     }
 
     fn vhost_user(path: &Path) -> Result<Transport> {
         let socket = Socket::connect(path, PATIENCE)?;
-        let features = VhostUser::ask(&socket)?;
+        let features = VhostUser::ask(&socket).map_err(turned_away)?;
         Ok(Transport::Vhost(VhostUser::open(socket, features)?))
     }
 
@@ -290,6 +294,14 @@ impl Transport {
             Transport::Vhost(device) => device.socket(),
             Transport::Pci(device) => device.socket(),
         }
+    }
+}
+
+/// A connection that is closed at the first message was never wanted.
+fn turned_away(error: DriverError) -> DriverError {
+    match error {
+        DriverError::Closed("VERSION" | "GET_FEATURES") => DriverError::TurnedAway,
+        other => other,
     }
 }
 

@@ -8,7 +8,7 @@ use ferry_dataplane::os::eventfd::EventFd;
 
 use super::error::{DriverError, Result};
 use super::memory::DmaSlice;
-use super::ring::{Completion, SplitRing, SubmitError};
+use super::ring::{Completion, Ring, SubmitError};
 use super::vfio_user::Doorbell;
 
 /// How the device is told of new requests.
@@ -24,13 +24,13 @@ pub(super) enum Kick {
 #[derive(Debug)]
 pub struct Queue {
     index: u16,
-    ring: SplitRing,
+    ring: Ring,
     kick: Kick,
     call: EventFd,
 }
 
 impl Queue {
-    pub(super) fn new(index: u16, ring: SplitRing, kick: Kick, call: EventFd) -> Queue {
+    pub(super) fn new(index: u16, ring: Ring, kick: Kick, call: EventFd) -> Queue {
         Queue {
             index,
             ring,

@@ -15,11 +15,13 @@ use super::config::DeviceConfig;
 use super::error::{DriverError, Result};
 use super::memory::DmaMemory;
 use super::queue::Kick;
-use super::ring::SplitRing;
+use super::ring::Ring;
 use super::socket::Socket;
 
 /// Bytes of configuration that every device has: the tag and the number of request queues.
 const CONFIG_BASE: usize = std::mem::offset_of!(FsConfig, notify_buf_size);
+/// Where a packed ring begins: at descriptor 0 for both sides, with both wrap counters set.
+const PACKED_BASE: u32 = 1 << 15 | 1 << 31;
 /// A descriptor table this long is what Linux's driver uses, too.
 const QUEUE_SIZE_MAX: u16 = 1024;
 
@@ -128,7 +130,7 @@ impl VhostUser {
     pub(super) fn start_queue(
         &mut self,
         index: u16,
-        ring: &SplitRing,
+        ring: &Ring,
         memory: &DmaMemory,
         call: &EventFd,
     ) -> Result<Kick> {
@@ -145,7 +147,8 @@ impl VhostUser {
         };
         let number = u64::from(index);
         self.set_vring(Request::SetVringNum, index32, u32::from(ring.size()))?;
-        self.set_vring(Request::SetVringBase, index32, 0)?;
+        let base = if ring.is_packed() { PACKED_BASE } else { 0 };
+        self.set_vring(Request::SetVringBase, index32, base)?;
         self.set(Request::SetVringAddr, &[address.as_bytes()], &[])?;
         self.set(Request::SetVringCall, &[number.as_bytes()], &[call.as_fd()])?;
         self.set(Request::SetVringKick, &[number.as_bytes()], &[kick.as_fd()])?;

@@ -12,7 +12,7 @@ use super::config::DeviceConfig;
 use super::error::{DriverError, Result};
 use super::memory::DmaMemory;
 use super::queue::Kick;
-use super::ring::SplitRing;
+use super::ring::Ring;
 use super::socket::Socket;
 use super::vfio_user::{IoEvent, VfioUser};
 
@@ -164,7 +164,7 @@ impl VirtioPci {
     pub(super) fn start_queue(
         &mut self,
         index: u16,
-        ring: &SplitRing,
+        ring: &Ring,
         memory: &DmaMemory,
         call: &EventFd,
     ) -> Result<Kick> {

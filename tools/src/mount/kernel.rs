@@ -19,6 +19,8 @@ const FUSE_DEVICE: &str = "/dev/fuse";
 const FS_TYPE: &str = "fuse.ferry";
 /// `_IOR(229, 0, uint32_t)` of `linux/fuse.h`.
 const FUSE_DEV_IOC_CLONE: libc::Ioctl = 0x8004_e500;
+/// Of `linux/prctl.h`.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
 /// The kernel's limit on the pages of one request, where it can be configured.
 const PAGES_LIMIT: &str = "/proc/sys/fs/fuse/max_pages_limit";
 const DEFAULT_PAGES_LIMIT: usize = 256;
@@ -50,6 +52,14 @@ pub(super) fn clone_fuse(main: &OwnedFd) -> Result<OwnedFd> {
     let done = unsafe { libc::ioctl(clone.as_raw_fd(), FUSE_DEV_IOC_CLONE, &raw const number) };
     Errno::result(done).context("cannot clone the FUSE connection")?;
     Ok(clone)
+}
+
+/// Tells the kernel that this thread writes data back for it: when memory is short, the thread must not be made to wait
+/// for just that. Without the right to say so the thread works all the same.
+#[expect(unsafe_code, reason = "this prctl has no wrapper")]
+pub(super) fn become_io_flusher() {
+    // SAFETY: this operation takes numbers only, and changes nothing but flags of the calling thread.
+    unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
 }
 
 /// Bytes of the longest transfer that the kernel may ask for.

@@ -26,7 +26,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ferry_dataplane::os::eventfd::EventFd;
 use nix::sys::signalfd::SignalFd;
 
-use crate::driver::{Device, DmaMemory, Features, Pages, Protocol, Queues, Setup};
+use crate::driver::{Device, DmaMemory, Pages, Protocol, Queues, Setup};
 use hiprio::Hiprio;
 use kernel::{Mount, Options};
 use session::Watch;
@@ -135,7 +135,7 @@ impl Bridge {
                 None => has.min(u16::try_from(cpus).unwrap_or(u16::MAX)),
             },
             queue_size: args.queue_size,
-            features: Features::EVENT_IDX | Features::INDIRECT_DESC,
+            ..Setup::default()
         };
         ensure!(setup.request_queues > 0, "--queues must be at least 1");
         let room = kernel::max_transfer();

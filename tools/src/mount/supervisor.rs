@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::kernel::Mount;
+use super::kernel::{self, Mount};
 use super::session::{self, Watch};
 use super::slots::Slots;
 use super::worker::{Shared, Worker, WorkerError};
@@ -104,6 +104,7 @@ impl Supervisor {
         let thread = thread::Builder::new()
             .name(format!("mount/{}", self.workers.len() + 1))
             .spawn(move || {
+                kernel::become_io_flusher();
                 let outcome = worker.run();
                 notes.send(Note::WorkerEnded);
                 (worker, outcome)

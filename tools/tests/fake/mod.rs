@@ -2,6 +2,7 @@
 //! plain offsets and not with the project's own structures, so that both must be right to agree.
 //!
 //! A device answers requests with a function of the test's, and notes what the driver did to it.
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub(crate) mod files;
 pub(crate) mod vfio_user;

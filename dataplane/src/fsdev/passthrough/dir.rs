@@ -9,7 +9,7 @@ use ferry_shared::errno::Errno;
 use super::Passthrough;
 use super::handle;
 use super::sys::{self, DirBuffer, DirEntry};
-use crate::fsdev::DirSink;
+use crate::fsdev::{Caller, DirSink};
 use crate::fuse::abi::{FUSE_ROOT_ID, fuse_attr, fuse_entry_out, fuse_open_out, fuse_read_in};
 
 /// What a listing needs to know about its directory.
@@ -19,6 +19,8 @@ struct Dir<'a> {
     /// For the root: its own inode number, which stands for `..` too.
     root_ino: Option<u64>,
     plus: bool,
+    /// The caller may look the entries up.
+    look: bool,
     out: &'a mut dyn DirSink,
 }
 
@@ -40,18 +42,24 @@ fn bare_entry(ino: u64, kind: u8) -> fuse_entry_out {
 }
 
 impl Passthrough {
-    pub(super) fn do_opendir(&self, nodeid: u64) -> Result<fuse_open_out, Errno> {
+    pub(super) fn do_opendir(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+    ) -> Result<fuse_open_out, Errno> {
         let session = self.session()?;
         let node = self.inodes.get(nodeid)?;
         node.expect_dir()?;
-        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        self.demand(caller, node.fd(), libc::R_OK)?;
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY | self.untouched();
         let fd = self.inodes.with_fds(|| sys::reopen(node.fd(), flags))?;
         let fh = self.handles.add(fd, nodeid, handle::DIR, 1)?;
-        self.opened(fh, nodeid, 0, session)
+        self.opened(fh, nodeid, self.dir_flags(), session)
     }
 
     pub(super) fn do_readdir(
         &self,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_read_in,
         plus: bool,
@@ -65,6 +73,7 @@ impl Passthrough {
             mnt: stat.stx_mnt_id,
             root_ino,
             plus,
+            look: plus && self.demand(caller, file.fd(), libc::X_OK).is_ok(),
             out,
         };
         // An entry takes about as much room here as in a reply, and several times as much with attributes.
@@ -109,7 +118,7 @@ impl Passthrough {
             return false;
         }
         let bare = bare_entry(ino, entry.kind);
-        if is_dot(entry.name) {
+        if is_dot(entry.name) || !dir.look {
             return dir.out.entry_plus(name, entry.off, kind, &bare);
         }
         // One that is gone by now, or cannot be looked at, is listed without attributes.

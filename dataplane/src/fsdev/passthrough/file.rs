@@ -5,10 +5,11 @@ use core::ffi::CStr;
 use ferry_shared::errno::Errno;
 
 use super::Passthrough;
-use super::handle::{self, OpenFile};
-use super::identity::Identity;
+use super::handle::{self, Handle, Handles, OpenFile};
+use super::inode::{Inode, Node};
 use super::lock;
 use super::sys::{self, Fd, Stat};
+use crate::fsdev::table::Vacant;
 use crate::fsdev::{Caller, Io, IoOp, IoResult, Pin};
 use crate::fuse::abi::*;
 use crate::mem::Segments;
@@ -68,7 +69,16 @@ impl Passthrough {
             }
             keep &= !libc::O_APPEND;
         }
-        Ok(access | keep)
+        Ok(access | keep | self.untouched())
+    }
+
+    /// For opening what must not even get another access time.
+    pub(super) fn untouched(&self) -> i32 {
+        if self.spec.export.read_only {
+            libc::O_NOATIME
+        } else {
+            0
+        }
     }
 
     /// Opens the regular file behind `fd` as the guest wants it.
@@ -98,6 +108,7 @@ impl Passthrough {
         nodeid: u64,
         guest_flags: u32,
         session: u64,
+        place: Vacant<'_, Handle>,
     ) -> Result<fuse_open_out, Errno> {
         let mut flags = 0;
         let mut alignment = 1;
@@ -107,8 +118,8 @@ impl Passthrough {
             flags |= handle::DIRECT;
             alignment = found;
         }
-        let fh = self.handles.add(fd, nodeid, flags, alignment)?;
-        self.opened(fh, nodeid, FOPEN_PARALLEL_DIRECT_WRITES, session)
+        let fh = Handles::add_at(place, fd, nodeid, flags, alignment);
+        self.opened(fh, nodeid, self.file_flags(), session)
     }
 
     /// The reply for a new handle; takes it back when the mount has ended meanwhile.
@@ -134,6 +145,7 @@ impl Passthrough {
 
     pub(super) fn do_open(
         &self,
+        caller: &Caller<'_>,
         nodeid: u64,
         flags: u32,
         open_flags: u32,
@@ -141,8 +153,22 @@ impl Passthrough {
         let session = self.session()?;
         let node = self.inodes.get(nodeid)?;
         expect_regular(node.kind())?;
+        let guest = flags as i32;
+        let truncates = guest & libc::O_TRUNC != 0;
+        let wanted = match guest & libc::O_ACCMODE {
+            libc::O_RDONLY if truncates => libc::R_OK | libc::W_OK,
+            libc::O_RDONLY => libc::R_OK,
+            libc::O_WRONLY => libc::W_OK,
+            _ => libc::R_OK | libc::W_OK,
+        };
+        if wanted & libc::W_OK != 0 {
+            self.expect_writable()?;
+        }
+        self.demand(caller, node.fd(), wanted)?;
+        // A truncated file must not be left behind with an error.
+        let place = self.handles.reserve()?;
         let fd = self.open_regular(node.fd(), flags, open_flags)?;
-        self.publish(fd, nodeid, flags, session)
+        self.publish(fd, nodeid, flags, session, place)
     }
 
     pub(super) fn do_create(
@@ -155,31 +181,17 @@ impl Passthrough {
         let session = self.session()?;
         let dir = self.inodes.get(nodeid)?;
         dir.expect_dir()?;
-        let flags = self.host_flags(arg.flags as i32)? | libc::O_CREAT | libc::O_EXCL;
         for _ in 0..16 {
-            let made = {
-                let _caller = Identity::assume(caller, arg.umask)?;
-                self.inodes
-                    .with_fds(|| sys::open_beneath(dir.fd(), name, flags, arg.mode))
-            };
-            match made {
-                Ok(fd) => {
-                    if let Err(errno) = self.label(caller, fd.raw()) {
-                        // The error that counts is the first one.
-                        let _ = sys::unlink(dir.fd(), name, 0);
-                        return Err(errno);
-                    }
-                    return self.created(fd, dir.mnt(), arg.flags, session);
-                }
+            match self.create_new(caller, &dir, name, arg, session) {
                 Err(Errno::EEXIST) if arg.flags as i32 & libc::O_EXCL == 0 => {}
-                Err(errno) => return Err(errno),
+                other => return other,
             }
             // It is there already: open it as OPEN does.
             let entry = match self.lookup_in(dir.fd(), dir.mnt(), name) {
                 Err(Errno::ENOENT) => continue,
                 other => other?,
             };
-            return match self.do_open(entry.nodeid, arg.flags, arg.open_flags) {
+            return match self.do_open(caller, entry.nodeid, arg.flags, arg.open_flags) {
                 Ok(open) => Ok((self.refreshed(entry), open)),
                 Err(errno) => {
                     self.do_forget(entry.nodeid, 1);
@@ -188,6 +200,38 @@ impl Passthrough {
             };
         }
         Err(Errno::ESTALE)
+    }
+
+    /// Creates a file that must not exist yet.
+    fn create_new(
+        &self,
+        caller: &Caller<'_>,
+        dir: &Node<'_>,
+        name: &CStr,
+        arg: &fuse_create_in,
+        session: u64,
+    ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
+        if self.spec.export.read_only {
+            return match sys::stat_at(dir.fd(), name) {
+                Ok(_) => Err(Errno::EEXIST),
+                Err(Errno::ENOENT) => Err(Errno::EROFS),
+                Err(errno) => Err(errno),
+            };
+        }
+        let flags = self.host_flags(arg.flags as i32)? | libc::O_CREAT | libc::O_EXCL;
+        // Before the file exists, so that full tables leave none behind.
+        let place = (self.inodes.reserve()?, self.handles.reserve()?);
+        let fd = {
+            let _caller = self.act_as(caller, arg.umask)?;
+            self.inodes
+                .with_fds(|| sys::open_beneath(dir.fd(), name, flags, arg.mode))?
+        };
+        self.label(caller, fd.raw())
+            .and_then(|()| self.created(fd, dir.mnt(), arg.flags, session, place))
+            .inspect_err(|_| {
+                // The error that counts is the first one.
+                let _ = sys::unlink(dir.fd(), name, 0);
+            })
     }
 
     /// The entry with the attributes that the file has after it was opened, which may have truncated it.
@@ -208,13 +252,14 @@ impl Passthrough {
         mnt: u64,
         flags: u32,
         session: u64,
+        (inode, handle): (Vacant<'_, Inode>, Vacant<'_, Handle>),
     ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
         let stat: Stat = sys::stat_fd(fd.raw())?;
         let path = self
             .inodes
             .with_fds(|| sys::reopen(fd.raw(), libc::O_PATH))?;
-        let nodeid = self.inodes.intern(path, &stat)?;
-        match self.publish(fd, nodeid, flags, session) {
+        let nodeid = self.inodes.intern_at(path, &stat, Some(inode))?;
+        match self.publish(fd, nodeid, flags, session, handle) {
             Ok(open) => Ok((self.entry(nodeid, &stat, mnt), open)),
             Err(errno) => {
                 self.do_forget(nodeid, 1);
@@ -229,19 +274,21 @@ impl Passthrough {
         nodeid: u64,
         arg: &fuse_create_in,
     ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
+        self.expect_writable()?;
         let session = self.session()?;
         let dir = self.inodes.get(nodeid)?;
         dir.expect_dir()?;
         let guest = arg.flags as i32;
         // O_EXCL here means that the file must never get a name.
         let flags = self.host_flags(guest)? | (guest & libc::O_EXCL);
+        let place = (self.inodes.reserve()?, self.handles.reserve()?);
         let fd = {
-            let _caller = Identity::assume(caller, arg.umask)?;
+            let _caller = self.act_as(caller, arg.umask)?;
             self.inodes
                 .with_fds(|| sys::open_unnamed(dir.fd(), flags, arg.mode))?
         };
         self.label(caller, fd.raw())?;
-        self.created(fd, dir.mnt(), arg.flags, session)
+        self.created(fd, dir.mnt(), arg.flags, session, place)
     }
 
     /// Lets a transfer go past `O_DIRECT` when it does not have the alignment that the file needs, and from then on.
@@ -289,7 +336,14 @@ impl Passthrough {
         })
     }
 
-    pub(super) fn do_write(&self, nodeid: u64, arg: &fuse_write_in, src: Segments<'_>) -> IoResult {
+    pub(super) fn do_write(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_write_in,
+        src: Segments<'_>,
+    ) -> IoResult {
+        self.expect_writable()?;
         let file = self.handles.file(arg.fh, nodeid)?;
         if u64::from(arg.size) > src.len() as u64 {
             return Err(Errno::EINVAL);
@@ -300,7 +354,9 @@ impl Passthrough {
         }
         // The first version of the agreement leaves it to us for every write.
         let always = self.has(FUSE_HANDLE_KILLPRIV) && !self.has(FUSE_HANDLE_KILLPRIV_V2);
-        if always || arg.write_flags & FUSE_WRITE_KILL_SUIDGID != 0 {
+        let agreed = self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2);
+        let unasked = agreed && self.is_squashed(caller);
+        if always || unasked || arg.write_flags & FUSE_WRITE_KILL_SUIDGID != 0 {
             strip_privileges(file.fd())?;
         }
         let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
@@ -358,6 +414,7 @@ impl Passthrough {
         nodeid: u64,
         arg: &fuse_fallocate_in,
     ) -> IoResult {
+        self.expect_writable()?;
         let file = self.handles.file(arg.fh, nodeid)?;
         check_range(arg.offset, arg.length)?;
         self.strip_for(caller, &file)?;
@@ -375,7 +432,8 @@ impl Passthrough {
 
     /// For operations that change a file's content and have no flag for this: FUSE leaves the decision to the server.
     fn strip_for(&self, caller: &Caller<'_>, file: &OpenFile<'_>) -> Result<(), Errno> {
-        if caller.uid != 0 && self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2) {
+        let may_keep = caller.uid == 0 && !self.is_squashed(caller);
+        if !may_keep && self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2) {
             strip_privileges(file.fd())?;
         }
         Ok(())
@@ -390,6 +448,7 @@ impl Passthrough {
         if arg.flags != 0 {
             return Err(Errno::EINVAL);
         }
+        self.expect_writable()?;
         let from = self.handles.file(arg.fh_in, nodeid)?;
         let to = self.handles.file(arg.fh_out, arg.nodeid_out)?;
         self.strip_for(caller, &to)?;

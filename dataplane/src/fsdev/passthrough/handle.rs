@@ -12,7 +12,7 @@ use zerocopy::FromZeros;
 
 use super::lock;
 use super::sys::{self, Fd};
-use crate::fsdev::table::{Missing, Pinned, Record, Table};
+use crate::fsdev::table::{Missing, Pinned, Record, Table, Vacant};
 
 /// A directory.
 pub(super) const DIR: u32 = 1 << 0;
@@ -156,14 +156,35 @@ impl Handles {
         flags: u32,
         alignment: u32,
     ) -> Result<u64, Errno> {
-        let vacant = self.table.reserve().ok_or(Errno::ENFILE)?;
+        Ok(Handles::add_at(
+            self.reserve()?,
+            fd,
+            nodeid,
+            flags,
+            alignment,
+        ))
+    }
+
+    /// A place for a file that is about to be opened.
+    pub(super) fn reserve(&self) -> Result<Vacant<'_, Handle>, Errno> {
+        self.table.reserve().ok_or(Errno::ENFILE)
+    }
+
+    /// As [`Handles::add`], at a place that has been reserved.
+    pub(super) fn add_at(
+        vacant: Vacant<'_, Handle>,
+        fd: Fd,
+        nodeid: u64,
+        flags: u32,
+        alignment: u32,
+    ) -> u64 {
         let handle = vacant.record();
         handle.nodeid.store(nodeid, Relaxed);
         handle.position.store(0, Relaxed);
         handle.flags.store(flags, Relaxed);
         handle.alignment.store(alignment.wrapping_sub(1), Relaxed);
         handle.listing.store(0, Relaxed);
-        Ok(vacant.publish(Some(fd.into_raw())).id())
+        vacant.publish(Some(fd.into_raw())).id()
     }
 
     fn get(&self, fh: u64, nodeid: u64) -> Result<OpenFile<'_>, Errno> {

@@ -21,7 +21,7 @@ use zerocopy::FromZeros;
 use super::attr;
 use super::mounts::{MountFd, Mounts};
 use super::sys::{self, Fd, FileHandle, Stat};
-use crate::fsdev::table::{Missing, Pinned, Probe, Record, Table};
+use crate::fsdev::table::{Missing, Pinned, Probe, Record, Table, Vacant};
 use crate::fuse::abi::FUSE_ROOT_ID;
 
 /// What identifies an inode of the host.
@@ -457,6 +457,21 @@ impl Inodes {
 
     /// Counts a lookup of the object behind an `O_PATH` descriptor whose attributes are `stat`.
     pub(super) fn intern(&self, fd: Fd, stat: &Stat) -> Result<u64, Errno> {
+        self.intern_at(fd, stat, None)
+    }
+
+    /// A place for an inode that is about to be made.
+    pub(super) fn reserve(&self) -> Result<Vacant<'_, Inode>, Errno> {
+        self.table.reserve().ok_or(Errno::ENFILE)
+    }
+
+    /// As [`Inodes::intern`], at a place that has been reserved.
+    pub(super) fn intern_at<'a>(
+        &'a self,
+        fd: Fd,
+        stat: &Stat,
+        mut place: Option<Vacant<'a, Inode>>,
+    ) -> Result<u64, Errno> {
         let (key, kind) = (Key::of(stat), attr::kind(stat));
         self.mounts.meet(key.mnt, fd.raw(), kind);
         for _ in 0..16 {
@@ -478,7 +493,7 @@ impl Inodes {
                     if shard.find(|inode| inode.key() == key).is_some() {
                         continue;
                     }
-                    let vacant = self.table.reserve().ok_or(Errno::ENFILE)?;
+                    let vacant = place.take().map_or_else(|| self.reserve(), Ok)?;
                     vacant.record().fill(&key, kind);
                     let pin = vacant.publish(Some(fd.into_raw()));
                     shard.link(&pin);

@@ -2,9 +2,8 @@
 
 use ferry_shared::errno::Errno;
 
-use super::identity::Identity;
 use super::sys;
-use super::{Passthrough, attr};
+use super::{Passthrough, attr, valid_for};
 use crate::fsdev::Caller;
 use crate::fuse::abi::*;
 
@@ -66,22 +65,21 @@ fn time_to_set(valid: u32, set: u32, now: u32, secs: u64, nsecs: u32) -> libc::t
 impl Passthrough {
     pub(super) fn do_setattr(
         &self,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_setattr_in,
     ) -> Result<fuse_attr_out, Errno> {
+        self.expect_writable()?;
         let node = self.inodes.get(nodeid)?;
         let fh = (arg.valid & FATTR_FH != 0).then_some(arg.fh);
+        if arg.valid & FATTR_SIZE != 0 && fh.is_none() {
+            self.demand(caller, node.fd(), libc::W_OK)?;
+        }
+        let squashed = self.act_if_squashed(caller)?;
         if arg.valid & (FATTR_UID | FATTR_GID) != 0 {
-            let uid = if arg.valid & FATTR_UID != 0 {
-                arg.uid
-            } else {
-                u32::MAX
-            };
-            let gid = if arg.valid & FATTR_GID != 0 {
-                arg.gid
-            } else {
-                u32::MAX
-            };
+            let given = |flag: u32, id: u32| (arg.valid & flag != 0).then_some(id);
+            let (uid, gid) =
+                self.owner_in_host(given(FATTR_UID, arg.uid), given(FATTR_GID, arg.gid))?;
             sys::chown(node.fd(), uid, gid)?;
         }
         // After the owner, whose change takes set-user-ID away; the mode in the same request counts.
@@ -89,6 +87,8 @@ impl Passthrough {
             sys::chmod(node.fd(), arg.mode)?;
         }
         if arg.valid & FATTR_SIZE != 0 {
+            // Its right to do so has been looked at; taking set-user-ID away needs more than that.
+            drop(squashed);
             self.resize(nodeid, fh, arg)?;
         }
         // A guest that caches writes also reports its change time, which is the host's to keep.
@@ -119,13 +119,19 @@ impl Passthrough {
             let node = self.inodes.get(nodeid)?;
             sys::stat_fd_with(node.fd(), arg.sx_flags, mask)?
         };
-        let (attr_valid, attr_valid_nsec) = self.validity();
+        let (attr_valid, attr_valid_nsec) = valid_for(self.spec.export.attr_ms());
+        let export = &self.spec.export;
+        let stat = attr::statx(&stat);
         Ok(fuse_statx_out {
             attr_valid,
             attr_valid_nsec,
             flags: 0,
             spare: [0; 2],
-            stat: attr::statx(&stat),
+            stat: fuse_statx {
+                uid: export.map_uid.to_guest(stat.uid),
+                gid: export.map_gid.to_guest(stat.gid),
+                ..stat
+            },
         })
     }
 
@@ -139,11 +145,23 @@ impl Passthrough {
             return Err(Errno::EINVAL);
         }
         let node = self.inodes.get(nodeid)?;
-        let _caller = Identity::assume(caller, 0)?;
+        let inodes = [libc::S_IFREG, libc::S_IFDIR, libc::S_IFLNK];
+        if mask & libc::W_OK as u32 != 0 && inodes.contains(&node.kind()) {
+            self.expect_writable()?;
+        }
+        let _caller = self.act_as(caller, 0)?;
         sys::access(node.fd(), mask)
     }
 
-    pub(super) fn do_bmap(&self, nodeid: u64, arg: &fuse_bmap_in) -> Result<u64, Errno> {
+    pub(super) fn do_bmap(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        arg: &fuse_bmap_in,
+    ) -> Result<u64, Errno> {
+        if self.is_squashed(caller) {
+            return Err(Errno::EPERM);
+        }
         let node = self.inodes.get(nodeid)?;
         if node.kind() != libc::S_IFREG || arg.blocksize == 0 {
             return Err(Errno::EINVAL);
@@ -175,12 +193,16 @@ impl Passthrough {
 
     pub(super) fn do_ioctl(
         &self,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_ioctl_in,
         input: &[u8],
         out: &mut [u8],
     ) -> Result<(fuse_ioctl_out, usize), Errno> {
         let known = known_ioctl(arg.cmd).ok_or(Errno::ENOTTY)?;
+        if known.input != 0 {
+            self.expect_writable()?;
+        }
         let file = self.handles.any(arg.fh, nodeid)?;
         let mut data = [0u8; 32];
         let given = input.get(..known.input).ok_or(Errno::EINVAL)?;
@@ -188,6 +210,7 @@ impl Passthrough {
             *to = *from;
         }
         let out = out.get_mut(..known.output).ok_or(Errno::EINVAL)?;
+        let _caller = self.act_if_squashed(caller)?;
         let result = sys::ioctl(file.fd(), known.host, &mut data)?;
         for (to, from) in out.iter_mut().zip(&data) {
             *to = *from;

@@ -22,6 +22,7 @@ mod dir;
 mod file;
 mod handle;
 mod identity;
+mod ids;
 mod inode;
 mod lock;
 mod meta;
@@ -38,6 +39,7 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use core::sync::atomic::fence;
 
 use ferry_shared::errno::Errno;
+use ferry_shared::export::Cache;
 use ferry_shared::msg::{AioSpec, Failure, Placement};
 
 use self::handle::Handles;
@@ -155,11 +157,28 @@ impl Passthrough {
         self.session.load(Relaxed) != session
     }
 
-    /// Seconds and nanoseconds for which the guest may trust what it gets.
-    fn validity(&self) -> (u64, u32) {
-        let ms = self.spec.attr_valid_ms;
-        (u64::from(ms / 1000), (ms % 1000) * 1_000_000)
+    /// What the guest may do with its page cache for a file that it opens.
+    fn file_flags(&self) -> u32 {
+        let cached = match self.spec.export.cache {
+            Cache::Never => FOPEN_DIRECT_IO,
+            Cache::Auto | Cache::Metadata => 0,
+            Cache::Always => FOPEN_KEEP_CACHE,
+        };
+        FOPEN_PARALLEL_DIRECT_WRITES | cached
     }
+
+    /// The same for the listing of a directory.
+    fn dir_flags(&self) -> u32 {
+        match self.spec.export.cache {
+            Cache::Always => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
+            _ => 0,
+        }
+    }
+}
+
+/// Milliseconds as seconds and nanoseconds.
+fn valid_for(ms: u32) -> (u64, u32) {
+    (u64::from(ms / 1000), (ms % 1000) * 1_000_000)
 }
 
 /// File systems that wait for somebody else: by the magic numbers of statfs(2).
@@ -245,8 +264,13 @@ impl FsDev for Passthrough {
         self.handles.unpin(pin.0);
     }
 
-    fn lookup(&self, _: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<fuse_entry_out, Errno> {
-        self.do_lookup(nodeid, name)
+    fn lookup(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+    ) -> Result<fuse_entry_out, Errno> {
+        self.do_lookup(caller, nodeid, name)
     }
 
     fn forget(&self, nodeid: u64, nlookup: u64) {
@@ -264,11 +288,11 @@ impl FsDev for Passthrough {
 
     fn setattr(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_setattr_in,
     ) -> Result<fuse_attr_out, Errno> {
-        self.do_setattr(nodeid, arg)
+        self.do_setattr(caller, nodeid, arg)
     }
 
     fn statx(
@@ -321,43 +345,43 @@ impl FsDev for Passthrough {
         })
     }
 
-    fn unlink(&self, _: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
-        self.do_unlink(nodeid, name, 0)
+    fn unlink(&self, caller: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
+        self.do_unlink(caller, nodeid, name, 0)
     }
 
-    fn rmdir(&self, _: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
-        self.do_unlink(nodeid, name, libc::AT_REMOVEDIR)
+    fn rmdir(&self, caller: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
+        self.do_unlink(caller, nodeid, name, libc::AT_REMOVEDIR)
     }
 
     fn rename(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         name: &CStr,
         newdir: u64,
         newname: &CStr,
         flags: u32,
     ) -> Result<(), Errno> {
-        self.do_rename(nodeid, name, newdir, newname, flags)
+        self.do_rename(caller, nodeid, name, newdir, newname, flags)
     }
 
     fn link(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         oldnodeid: u64,
         name: &CStr,
     ) -> Result<fuse_entry_out, Errno> {
-        self.do_link(nodeid, oldnodeid, name)
+        self.do_link(caller, nodeid, oldnodeid, name)
     }
 
     fn open(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_open_in,
     ) -> Result<fuse_open_out, Errno> {
-        self.do_open(nodeid, arg.flags, arg.open_flags)
+        self.do_open(caller, nodeid, arg.flags, arg.open_flags)
     }
 
     fn create(
@@ -385,12 +409,12 @@ impl FsDev for Passthrough {
 
     fn write(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_write_in,
         src: Segments<'_>,
     ) -> IoResult {
-        self.do_write(nodeid, arg, src)
+        self.do_write(caller, nodeid, arg, src)
     }
 
     fn flush(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_flush_in) -> Result<(), Errno> {
@@ -412,52 +436,52 @@ impl FsDev for Passthrough {
 
     fn setxattr(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         name: &CStr,
         value: &[u8],
         flags: u32,
         setxattr_flags: u32,
     ) -> Result<(), Errno> {
-        self.do_setxattr(nodeid, name, value, flags, setxattr_flags)
+        self.do_setxattr(caller, nodeid, name, value, flags, setxattr_flags)
     }
 
     fn getxattr(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         name: &CStr,
         out: &mut [u8],
     ) -> Result<usize, Errno> {
-        self.do_getxattr(nodeid, name, out)
+        self.do_getxattr(caller, nodeid, name, out)
     }
 
     fn listxattr(&self, _: &Caller<'_>, nodeid: u64, out: &mut [u8]) -> Result<usize, Errno> {
         self.do_listxattr(nodeid, out)
     }
 
-    fn removexattr(&self, _: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
-        self.do_removexattr(nodeid, name)
+    fn removexattr(&self, caller: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
+        self.do_removexattr(caller, nodeid, name)
     }
 
     fn opendir(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         _arg: &fuse_open_in,
     ) -> Result<fuse_open_out, Errno> {
-        self.do_opendir(nodeid)
+        self.do_opendir(caller, nodeid)
     }
 
     fn readdir(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_read_in,
         plus: bool,
         out: &mut dyn DirSink,
     ) -> Result<(), Errno> {
-        self.do_readdir(nodeid, arg, plus, out)
+        self.do_readdir(caller, nodeid, arg, plus, out)
     }
 
     fn releasedir(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_release_in) -> Result<(), Errno> {
@@ -492,19 +516,19 @@ impl FsDev for Passthrough {
         self.do_access(caller, nodeid, mask)
     }
 
-    fn bmap(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_bmap_in) -> Result<u64, Errno> {
-        self.do_bmap(nodeid, arg)
+    fn bmap(&self, caller: &Caller<'_>, nodeid: u64, arg: &fuse_bmap_in) -> Result<u64, Errno> {
+        self.do_bmap(caller, nodeid, arg)
     }
 
     fn ioctl(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_ioctl_in,
         input: &[u8],
         out: &mut [u8],
     ) -> Result<(fuse_ioctl_out, usize), Errno> {
-        self.do_ioctl(nodeid, arg, input, out)
+        self.do_ioctl(caller, nodeid, arg, input, out)
     }
 
     fn poll(&self, _: &Caller<'_>, nodeid: u64, arg: &fuse_poll_in) -> Result<u32, Errno> {

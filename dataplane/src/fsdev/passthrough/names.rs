@@ -4,10 +4,9 @@ use core::ffi::CStr;
 
 use ferry_shared::errno::Errno;
 
-use super::identity::Identity;
 use super::inode::Node;
 use super::sys::{self, ProcPath, Stat};
-use super::{Passthrough, attr};
+use super::{Passthrough, attr, valid_for};
 use crate::fsdev::Caller;
 use crate::fuse::abi::{
     FUSE_ATTR_SUBMOUNT, FUSE_EXPORT_SUPPORT, FUSE_ROOT_ID, FUSE_SUBMOUNTS, fuse_attr_out,
@@ -22,29 +21,30 @@ const RENAME_FLAGS: u32 = libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE | libc:
 impl Passthrough {
     /// The reply for a node whose lookup has been counted; `mnt` is the mount of the directory that it was found in.
     pub(super) fn entry(&self, nodeid: u64, stat: &Stat, mnt: u64) -> fuse_entry_out {
-        let mut attr = attr::from_stat(stat);
+        let mut attr = self.attr(stat);
         if stat.stx_mnt_id != mnt && attr::kind(stat) == libc::S_IFDIR && self.has(FUSE_SUBMOUNTS) {
             attr.flags |= FUSE_ATTR_SUBMOUNT;
         }
-        let (secs, nsecs) = self.validity();
+        let (entry_valid, entry_valid_nsec) = valid_for(self.spec.export.entry_ms());
+        let (attr_valid, attr_valid_nsec) = valid_for(self.spec.export.attr_ms());
         fuse_entry_out {
             nodeid,
             generation: 0,
-            entry_valid: secs,
-            attr_valid: secs,
-            entry_valid_nsec: nsecs,
-            attr_valid_nsec: nsecs,
+            entry_valid,
+            attr_valid,
+            entry_valid_nsec,
+            attr_valid_nsec,
             attr,
         }
     }
 
     pub(super) fn attr_out(&self, stat: &Stat) -> fuse_attr_out {
-        let (attr_valid, attr_valid_nsec) = self.validity();
+        let (attr_valid, attr_valid_nsec) = valid_for(self.spec.export.attr_ms());
         fuse_attr_out {
             attr_valid,
             attr_valid_nsec,
             dummy: 0,
-            attr: attr::from_stat(stat),
+            attr: self.attr(stat),
         }
     }
 
@@ -75,7 +75,12 @@ impl Passthrough {
         Ok(self.entry(nodeid, stat, mnt))
     }
 
-    pub(super) fn do_lookup(&self, nodeid: u64, name: &CStr) -> Result<fuse_entry_out, Errno> {
+    pub(super) fn do_lookup(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+    ) -> Result<fuse_entry_out, Errno> {
         let node = self.inodes.get(nodeid)?;
         match name.to_bytes() {
             b"." => self.lookup_self(&node),
@@ -85,9 +90,26 @@ impl Passthrough {
             }
             _ => {
                 node.expect_dir()?;
-                self.lookup_in(node.fd(), node.mnt(), name)
+                self.demand(caller, node.fd(), libc::X_OK)?;
+                match self.lookup_in(node.fd(), node.mnt(), name) {
+                    Err(Errno::ENOENT) => self.absent(),
+                    other => other,
+                }
             }
         }
+    }
+
+    /// The answer for a name that does not exist: without a node, when the guest may remember it.
+    fn absent(&self) -> Result<fuse_entry_out, Errno> {
+        let (entry_valid, entry_valid_nsec) = valid_for(self.spec.export.negative_ms());
+        if entry_valid == 0 && entry_valid_nsec == 0 {
+            return Err(Errno::ENOENT);
+        }
+        Ok(fuse_entry_out {
+            entry_valid,
+            entry_valid_nsec,
+            ..Default::default()
+        })
     }
 
     fn expect_export(&self) -> Result<(), Errno> {
@@ -158,10 +180,11 @@ impl Passthrough {
         umask: u32,
         make: impl FnOnce(i32) -> Result<(), Errno>,
     ) -> Result<fuse_entry_out, Errno> {
+        self.expect_writable()?;
         let dir = self.inodes.get(nodeid)?;
         dir.expect_dir()?;
         {
-            let _caller = Identity::assume(caller, umask)?;
+            let _caller = self.act_as(caller, umask)?;
             make(dir.fd())?;
         }
         let entry = self.lookup_in(dir.fd(), dir.mnt(), name)?;
@@ -188,19 +211,32 @@ impl Passthrough {
         let Some((name, value)) = caller.security_context.filter(|_| self.spec.enable_xattr) else {
             return Ok(());
         };
-        match sys::set_xattr(ProcPath::new(fd).path(), name, value, 0) {
+        let set = || {
+            let name = self.xattr_name(name)?;
+            sys::set_xattr(ProcPath::new(fd).path(), name.as_c_str(), value, 0)
+        };
+        match set() {
             Err(Errno::EOPNOTSUPP) => Ok(()),
             other => other,
         }
     }
 
-    pub(super) fn do_unlink(&self, nodeid: u64, name: &CStr, flags: i32) -> Result<(), Errno> {
+    pub(super) fn do_unlink(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        name: &CStr,
+        flags: i32,
+    ) -> Result<(), Errno> {
+        self.expect_writable()?;
         let dir = self.inodes.get(nodeid)?;
+        let _caller = self.act_if_squashed(caller)?;
         sys::unlink(dir.fd(), name, flags)
     }
 
     pub(super) fn do_rename(
         &self,
+        caller: &Caller<'_>,
         nodeid: u64,
         name: &CStr,
         newdir: u64,
@@ -210,20 +246,27 @@ impl Passthrough {
         if flags & !RENAME_FLAGS != 0 {
             return Err(Errno::EINVAL);
         }
+        self.expect_writable()?;
         let old = self.inodes.get(nodeid)?;
         let new = self.inodes.get(newdir)?;
+        let _caller = self.act_if_squashed(caller)?;
         sys::rename(old.fd(), name, new.fd(), newname, flags)
     }
 
     pub(super) fn do_link(
         &self,
+        caller: &Caller<'_>,
         nodeid: u64,
         oldnodeid: u64,
         name: &CStr,
     ) -> Result<fuse_entry_out, Errno> {
+        self.expect_writable()?;
         let dir = self.inodes.get(nodeid)?;
         let old = self.inodes.get(oldnodeid)?;
-        sys::link(old.fd(), dir.fd(), name)?;
+        {
+            let _caller = self.act_if_squashed(caller)?;
+            sys::link(old.fd(), dir.fd(), name)?;
+        }
         let stat = sys::stat_fd(old.fd())?;
         let nodeid = self.inodes.count_again(&old)?;
         Ok(self.entry(nodeid, &stat, dir.mnt()))

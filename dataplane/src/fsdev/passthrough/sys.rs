@@ -453,6 +453,39 @@ pub(super) fn syncfs(fd: i32) -> Result<(), Errno> {
 }
 
 /// Sets this thread's file-system user id; returns the one before. Raw, so that no other thread is touched.
+/// Gives this thread back the capabilities about files that it lost with the file-system user id 0, as far as the process
+/// may have them; they are lost again with the next change to an id other than 0.
+pub(super) fn raise_capabilities() -> Result<(), Errno> {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        pid: i32,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Set {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    const VERSION_3: u32 = 0x2008_0522;
+    // CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, LINUX_IMMUTABLE and MKNOD.
+    const FILES: u32 = 0x1f | 1 << 9 | 1 << 27;
+    let mut header = Header {
+        version: VERSION_3,
+        pid: 0,
+    };
+    let mut sets = [Set::default(); 2];
+    // SAFETY: version 3 reads and fills two sets.
+    let got = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) };
+    check_long(got)?;
+    let [low, _] = &mut sets;
+    low.effective |= FILES & low.permitted;
+    // SAFETY: version 3 reads two sets.
+    let set = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) };
+    check_long(set).map(drop)
+}
+
 pub(super) fn set_fs_uid(uid: u32) -> u32 {
     // SAFETY: takes no pointer.
     unsafe { libc::syscall(libc::SYS_setfsuid, uid) as u32 }

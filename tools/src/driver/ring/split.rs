@@ -1,8 +1,4 @@
-//! The driver's side of one split virtqueue (virtio 1.3, section 2.7), in memory shared with the device.
-//!
-//! It has no notifications and makes no system calls; [`super::queue`] adds them. What the device writes (the used ring,
-//! its wish for notifications) is checked before it is used as an index; a device that breaks the rules gives a [`RingError`].
-//! Everything is allocated by [`SplitRing::new`].
+//! The split ring format (virtio 1.3, section 2.7).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
@@ -12,7 +8,11 @@ use ferry_dataplane::virtio::spec::{
 };
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::memory::{DmaMemory, DmaSlice};
+use super::{
+    ALIGN, Completion, InFlight, RingAreas, RingError, RingFeatures, SubmitError, alloc_tables,
+    in_order, need_event, table, take,
+};
+use crate::driver::memory::{DmaMemory, DmaSlice};
 
 #[cfg(test)]
 mod tests;
@@ -22,88 +22,13 @@ const USED_ELEM_SIZE: usize = size_of::<UsedElem>();
 const RING_START: usize = 4;
 /// Offset of the index in both.
 const RING_IDX: usize = 2;
-/// Pieces of one request; an indirect table has room for so many.
-pub const MAX_PIECES: usize = 16;
 
-/// What the driver and the device agreed on that concerns rings.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct RingFeatures {
-    /// `VIRTIO_F_EVENT_IDX`.
-    pub(super) event_idx: bool,
-    /// `VIRTIO_F_INDIRECT_DESC`: a request of several pieces takes one descriptor.
-    pub(super) indirect: bool,
-}
-
-/// Why a request did not go into the ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SubmitError {
-    /// The ring has no room for it now.
-    #[error("the virtqueue is full")]
-    Full,
-    /// It has no pieces at all, or more than [`MAX_PIECES`].
-    #[error("a request has 1 to {MAX_PIECES} pieces, not {0}")]
-    Pieces(usize),
-}
-
-/// How the device broke the rules of the ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RingError {
-    /// A used entry names a descriptor that is not in flight.
-    #[error("the device completed descriptor {0}, which is not in flight")]
-    NotInFlight(u32),
-    /// A used entry has more bytes than the request had room for.
-    #[error("the device wrote {len} bytes to a buffer of {room}")]
-    TooLong {
-        /// What the device says that it wrote.
-        len: u32,
-        /// What there was room for.
-        room: u32,
-    },
-    /// The used index went ahead of what was submitted.
-    #[error("the device completed {completed} requests, but {in_flight} are in flight")]
-    TooMany {
-        /// Requests completed since the last look.
-        completed: u16,
-        /// Requests that were in flight.
-        in_flight: u16,
-    },
-}
-
-/// One finished request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Completion {
-    /// What [`super::Queue::submit`] was given for it.
-    pub cookie: u64,
-    /// Bytes that the device wrote to its writable pieces.
-    pub len: u32,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct InFlight {
-    cookie: u64,
-    /// Bytes of the writable pieces.
-    room: u32,
-    /// Descriptors taken from the table; 0: not in flight.
-    descriptors: u16,
-}
-
-/// Where the parts of a ring are.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct RingAreas {
-    /// The descriptor table.
-    pub(super) desc: DmaSlice,
-    /// The available ring.
-    pub(super) avail: DmaSlice,
-    /// The used ring.
-    pub(super) used: DmaSlice,
-}
-
-/// The driver's side of a split ring.
+/// A split ring; its methods are those of [`super::Ring`].
 #[derive(Debug)]
-pub(super) struct SplitRing {
+pub(in crate::driver) struct SplitRing {
     memory: Arc<DmaMemory>,
     areas: RingAreas,
-    /// One table of [`MAX_PIECES`] for each descriptor, if indirect descriptors are used.
+    /// One table for each descriptor, if indirect descriptors are used.
     tables: Option<DmaSlice>,
     size: u16,
     event_idx: bool,
@@ -125,18 +50,12 @@ pub(super) struct SplitRing {
 }
 
 impl SplitRing {
-    /// Bytes of memory that [`SplitRing::new`] takes at most, alignment included.
-    pub(super) fn memory_needed(size: u16, indirect: bool) -> usize {
-        let size = usize::from(size);
-        let tables = if indirect {
-            size * MAX_PIECES * DESC_SIZE
-        } else {
-            0
-        };
-        size * (DESC_SIZE + 2 + USED_ELEM_SIZE) + 2 * (RING_START + 2) + tables + 4 * 64
+    /// Bytes of memory without the indirect tables.
+    pub(super) fn memory_needed(size: u16) -> usize {
+        let entry = DESC_SIZE + size_of::<u16>() + USED_ELEM_SIZE;
+        usize::from(size) * entry + 2 * (RING_START + 2) + 3 * ALIGN
     }
 
-    /// A new ring, empty, with interrupts off. `size` is a power of two; `None` when the memory is too small.
     pub(super) fn new(
         memory: Arc<DmaMemory>,
         size: u16,
@@ -144,14 +63,11 @@ impl SplitRing {
     ) -> Option<SplitRing> {
         let n = usize::from(size);
         let areas = RingAreas {
-            desc: memory.alloc(n * DESC_SIZE, 64)?,
-            avail: memory.alloc(RING_START + 2 * n + 2, 64)?,
-            used: memory.alloc(RING_START + USED_ELEM_SIZE * n + 2, 64)?,
+            desc: memory.alloc(n * DESC_SIZE, ALIGN)?,
+            avail: memory.alloc(RING_START + 2 * n + 2, ALIGN)?,
+            used: memory.alloc(RING_START + USED_ELEM_SIZE * n + 2, ALIGN)?,
         };
-        let tables = match features.indirect {
-            true => Some(memory.alloc(n * MAX_PIECES * DESC_SIZE, 64)?),
-            false => None,
-        };
+        let tables = alloc_tables(&memory, size, features)?;
         let mut ring = SplitRing {
             memory,
             areas,
@@ -173,22 +89,18 @@ impl SplitRing {
         Some(ring)
     }
 
-    /// Where its parts are, to tell the device.
     pub(super) fn areas(&self) -> RingAreas {
         self.areas
     }
 
-    /// Number of descriptors.
     pub(super) fn size(&self) -> u16 {
         self.size
     }
 
-    /// Requests that have been submitted and not yet taken back.
     pub(super) fn in_flight(&self) -> u16 {
         self.requests
     }
 
-    /// How many requests of `pieces` pieces fit an empty ring.
     pub(super) fn depth(&self, pieces: u16) -> u16 {
         match self.tables {
             Some(_) => self.size,
@@ -196,7 +108,6 @@ impl SplitRing {
         }
     }
 
-    /// Puts a request into the ring, its readable pieces first. The device does not see it before [`SplitRing::publish`].
     pub(super) fn submit(
         &mut self,
         readable: &[DmaSlice],
@@ -204,9 +115,6 @@ impl SplitRing {
         cookie: u64,
     ) -> Result<(), SubmitError> {
         let pieces = readable.len() + writable.len();
-        if pieces == 0 || pieces > MAX_PIECES {
-            return Err(SubmitError::Pieces(pieces));
-        }
         let table = self.tables.filter(|_| pieces > 1);
         let wanted = if table.is_some() { 1 } else { pieces as u16 };
         if wanted > self.free {
@@ -220,25 +128,19 @@ impl SplitRing {
         self.free_head = self.next[usize::from(tail)];
         self.free -= wanted;
         self.requests += 1;
-        self.in_flight[usize::from(head)] = InFlight {
-            cookie,
-            room: writable.iter().map(|w| w.len() as u32).sum(),
-            descriptors: wanted,
-        };
+        self.in_flight[usize::from(head)] = InFlight::new(cookie, writable, wanted);
         let entry = RING_START + 2 * usize::from(self.avail_idx % self.size);
         self.avail(entry).store(head, Ordering::Relaxed);
         self.avail_idx = self.avail_idx.wrapping_add(1);
         Ok(())
     }
 
-    /// Shows the device what has been submitted.
     pub(super) fn publish(&mut self) {
         // Release: the descriptors and the entries are written before the index that makes them valid.
         self.avail(RING_IDX)
             .store(self.avail_idx, Ordering::Release);
     }
 
-    /// Whether the device wants to be told of what was published since the last call.
     pub(super) fn needs_kick(&mut self) -> bool {
         let old = std::mem::replace(&mut self.notified_idx, self.avail_idx);
         let new = self.avail_idx;
@@ -255,7 +157,6 @@ impl SplitRing {
         }
     }
 
-    /// Takes the next finished request.
     pub(super) fn pop(&mut self) -> Result<Option<Completion>, RingError> {
         if self.used_idx == self.used_seen && !self.look()? {
             return Ok(None);
@@ -267,27 +168,13 @@ impl SplitRing {
             elem.as_mut_bytes(),
         );
         let (id, len) = (elem.id.get(), elem.len.get());
-        let head = usize::try_from(id).unwrap_or(usize::MAX);
-        let request = match self.in_flight.get_mut(head) {
-            Some(slot) if slot.descriptors > 0 => std::mem::take(slot),
-            _ => return Err(RingError::NotInFlight(id)),
-        };
-        self.release(head as u16, request.descriptors);
+        let request = take(&mut self.in_flight, id)?;
+        self.release(id as u16, request.descriptors);
         self.used_idx = self.used_idx.wrapping_add(1);
         self.requests -= 1;
-        if len > request.room {
-            return Err(RingError::TooLong {
-                len,
-                room: request.room,
-            });
-        }
-        Ok(Some(Completion {
-            cookie: request.cookie,
-            len,
-        }))
+        request.completion(len).map(Some)
     }
 
-    /// Asks the device for an interrupt at the next completion. True: there is one already, and no interrupt may come.
     pub(super) fn enable_interrupts(&mut self) -> bool {
         self.interrupts = true;
         if self.event_idx {
@@ -301,7 +188,6 @@ impl SplitRing {
         self.used(RING_IDX).load(Ordering::Acquire) != self.used_idx
     }
 
-    /// Tells the device that completions will be found without interrupts. One may still come.
     pub(super) fn disable_interrupts(&mut self) {
         if !std::mem::replace(&mut self.interrupts, false) {
             return;
@@ -340,8 +226,7 @@ impl SplitRing {
         writable: &[DmaSlice],
     ) -> u16 {
         let pieces = readable.len() + writable.len();
-        let bytes = MAX_PIECES * DESC_SIZE;
-        let table = tables.part(usize::from(head) * bytes, pieces * DESC_SIZE);
+        let table = table(tables, head, pieces);
         for (i, (piece, write)) in in_order(readable, writable).enumerate() {
             let more = i + 1 < pieces;
             let next = more.then_some(i as u16 + 1);
@@ -407,18 +292,4 @@ impl SplitRing {
     fn used(&self, at: usize) -> &AtomicU16 {
         self.memory.field(self.areas.used, at)
     }
-}
-
-/// Whether somebody who asked to be told at `event` is to be told of a move from `old` to `new` (virtio 1.3, 2.7.7.2).
-fn need_event(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
-/// The pieces of a request in the order of the chain, with whether the device writes them.
-fn in_order<'a>(
-    readable: &'a [DmaSlice],
-    writable: &'a [DmaSlice],
-) -> impl Iterator<Item = (DmaSlice, bool)> + use<'a> {
-    let readable = readable.iter().map(|&piece| (piece, false));
-    readable.chain(writable.iter().map(|&piece| (piece, true)))
 }

@@ -103,10 +103,12 @@ impl Peer {
 const EVENTS: RingFeatures = RingFeatures {
     event_idx: true,
     indirect: true,
+    packed: false,
 };
 const PLAIN: RingFeatures = RingFeatures {
     event_idx: false,
     indirect: false,
+    packed: false,
 };
 
 fn ring(features: RingFeatures) -> (SplitRing, Peer, DmaSlice) {
@@ -188,15 +190,6 @@ fn requests_completed_out_of_order_keep_their_cookies_past_the_wrap_of_the_index
             assert_eq!(ring.in_flight(), 0);
         }
     }
-}
-
-#[test]
-fn a_request_without_pieces_or_with_too_many_is_refused() {
-    let (mut ring, _, buffer) = ring(EVENTS);
-    assert_eq!(ring.submit(&[], &[], 0), Err(SubmitError::Pieces(0)));
-    let many = [buffer.part(0, 8); MAX_PIECES + 1];
-    let error = SubmitError::Pieces(MAX_PIECES + 1);
-    assert_eq!(ring.submit(&many, &[], 0), Err(error));
 }
 
 #[test]
