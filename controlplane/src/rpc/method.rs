@@ -12,6 +12,7 @@ use super::params::Param;
 use crate::app::App;
 
 /// One method.
+#[derive(Clone, Copy)]
 pub struct Method {
     /// Name on the wire and on the command line.
     pub name: &'static str,
