@@ -1,6 +1,6 @@
 //! What a local file system does, the mount does: pjdfstest and fsx on a mount, compared with the directory behind it.
 //!
-//! By default a fixed part runs; `FERRY_POSIX_FULL=1` runs everything. The programs come from crates.io:
+//! By default a fixed part runs; `FERRY_POSIX_FULL=1` runs everything. The programs come from the Rust registry:
 //! `tools/test posix` installs them into the cache of the rigs.
 
 use anyhow::{Context, Result, bail, ensure};
