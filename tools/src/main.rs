@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Ferry: virtio-fs devices for hosts and virtual machines.
 #[derive(Parser)]
@@ -14,6 +14,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Print a script that completes command lines, for bash, zsh or fish.
+    Completion(ferry_tools::completion::Args),
+    /// What the scripts of `completion` call.
+    #[command(hide = true)]
+    Complete(ferry_tools::completion::Words),
     /// Attach to a function from this host and mount it through the kernel's FUSE.
     Mount(ferry_tools::mount::Args),
     /// Show what the service does: cores, devices, operations, latencies.
@@ -31,6 +36,8 @@ fn main() -> ExitCode {
         return ferry_tools::rpc::run(words);
     }
     let outcome = match Cli::parse().command {
+        Command::Completion(args) => ferry_tools::completion::run(&args),
+        Command::Complete(words) => ferry_tools::completion::complete(&words, &Cli::command()),
         Command::Mount(args) => ferry_tools::mount::run(&args),
         Command::Top(args) => ferry_tools::top::run(&args),
         Command::Up(args) => ferry_tools::up::run(*args),
