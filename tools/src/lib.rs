@@ -3,4 +3,5 @@
 pub mod driver;
 pub mod mount;
 pub mod rpc;
+pub mod top;
 pub mod up;
