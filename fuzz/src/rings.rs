@@ -17,15 +17,11 @@ const WORDS: usize = (256 + 2 * BYTES) / 4;
 /// Checks the commands as the data plane does, which must not depend on what a control plane has checked.
 fn check(command: Command) {
     match command {
-        Command::FsdevCreate(spec) => {
-            if spec.check().is_ok() {
-                assert!(!spec.name.is_empty() && spec.name.len() <= NAME_LEN);
-            }
+        Command::FsdevCreate(spec) if spec.check().is_ok() => {
+            assert!(!spec.name.is_empty() && spec.name.len() <= NAME_LEN);
         }
-        Command::DeviceStart(spec) => {
-            if spec.check().is_ok() {
-                assert!(!spec.name.is_empty() && spec.name.len() <= NAME_LEN);
-            }
+        Command::DeviceStart(spec) if spec.check().is_ok() => {
+            assert!(!spec.name.is_empty() && spec.name.len() <= NAME_LEN);
         }
         _ => {}
     }
