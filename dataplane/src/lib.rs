@@ -24,6 +24,7 @@ pub mod id;
 pub mod mem;
 pub mod pool;
 pub mod reactor;
+pub mod recovery;
 pub mod slot;
 pub mod virtio;
 

@@ -19,6 +19,8 @@ enum Command {
     /// What the scripts of `completion` call.
     #[command(hide = true)]
     Complete(ferry_tools::completion::Words),
+    /// Put load on virtio-fs devices and measure them.
+    Bench(ferry_tools::bench::Args),
     /// Attach to a function from this host and mount it through the kernel's FUSE.
     Mount(ferry_tools::mount::Args),
     /// Show what the service does: cores, devices, operations, latencies.
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Completion(args) => ferry_tools::completion::run(&args),
         Command::Complete(words) => ferry_tools::completion::complete(&words, &Cli::command()),
+        Command::Bench(args) => ferry_tools::bench::run(&args),
         Command::Mount(args) => ferry_tools::mount::run(&args),
         Command::Top(args) => ferry_tools::top::run(&args),
         Command::Up(args) => ferry_tools::up::run(*args),

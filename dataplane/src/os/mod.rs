@@ -2,6 +2,7 @@
 
 pub mod arena;
 pub mod eventfd;
+pub mod fdstore;
 pub mod mmap;
 pub mod poller;
 mod sigbus;

@@ -32,14 +32,13 @@ without its option.
 /// The reference of every method and client command.
 pub fn reference() -> String {
     let mut text = BEGIN.to_owned();
-    let parts: [(&str, fn(&Method) -> bool); 2] = [
-        ("Methods", Method::is_remote),
-        ("Commands of the client", |method| !method.is_remote()),
-    ];
-    for (title, belongs) in parts {
+    for (title, remote) in [("Methods", true), ("Commands of the client", false)] {
         // Writing to a string does not fail.
         let _ = write!(text, "\n## {title}\n");
-        let mut methods: Vec<&Method> = METHODS.iter().filter(|method| belongs(method)).collect();
+        let mut methods: Vec<&Method> = METHODS
+            .iter()
+            .filter(|method| method.is_remote() == remote)
+            .collect();
         methods.sort_by_key(|method| method.name);
         methods
             .into_iter()
