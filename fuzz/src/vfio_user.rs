@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use ferry_dataplane::keeper::Keeper;
 use ferry_dataplane::os::eventfd::EventFd;
 use ferry_dataplane::os::mmap::new_memfd;
 use ferry_dataplane::os::poller::Poller;
@@ -55,7 +56,14 @@ impl World {
             subsystem_vendor: 0x1af4,
             subsystem: 0x105a,
         };
-        let device = VfioUser::open(&spec, DEVICE, &place, &socket, Arc::clone(&poller));
+        let device = VfioUser::open(
+            &spec,
+            DEVICE,
+            &place,
+            &socket,
+            Arc::clone(&poller),
+            &Keeper::default(),
+        );
         World {
             device: device.expect("a socket"),
             cores: Obliging::default(),

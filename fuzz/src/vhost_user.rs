@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use ferry_dataplane::keeper::Keeper;
 use ferry_dataplane::os::eventfd::EventFd;
 use ferry_dataplane::os::mmap::new_memfd;
 use ferry_dataplane::os::poller::Poller;
@@ -44,7 +45,13 @@ impl World {
             notification_vq: true,
             driver_platform: Platform::Native,
         };
-        let device = VhostUser::open(&spec, DEVICE, &socket, Arc::clone(&poller));
+        let device = VhostUser::open(
+            &spec,
+            DEVICE,
+            &socket,
+            Arc::clone(&poller),
+            &Keeper::default(),
+        );
         World {
             device: device.expect("a socket"),
             cores: Obliging::default(),
