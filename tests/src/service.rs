@@ -4,6 +4,7 @@ use crate::process::{Process, wait_until};
 use crate::temp::TempDir;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde_json::Value;
 use std::env;
 use std::fs;
@@ -201,6 +202,24 @@ impl Service {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.process.id()
+    }
+
+    /// The process of one of the supervisor's programs, as it runs now.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn child(&self, name: &str) -> Result<Pid> {
+        let id = self.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children"))
+            .context("list the supervisor's children")?;
+        for child in children.split_whitespace() {
+            // One that has ended meanwhile is not the one.
+            let program = fs::read_link(format!("/proc/{child}/exe")).unwrap_or_default();
+            if program.file_name().is_some_and(|file| file == name) {
+                return Ok(Pid::from_raw(child.parse()?));
+            }
+        }
+        bail!("{name} does not run")
     }
 
     /// Ends the service as Ctrl-C does.

@@ -1,6 +1,8 @@
 //! The `ferry` tool's sub-commands, one module each, and the host-side virtio driver that they and the tests use.
 
+pub mod bench;
 pub mod driver;
 pub mod mount;
 pub mod rpc;
+pub mod top;
 pub mod up;

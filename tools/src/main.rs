@@ -14,8 +14,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Put load on virtio-fs devices and measure them.
+    Bench(ferry_tools::bench::Args),
     /// Attach to a function from this host and mount it through the kernel's FUSE.
     Mount(ferry_tools::mount::Args),
+    /// Show what the service does: cores, devices, operations, latencies.
+    Top(ferry_tools::top::Args),
     /// Start and supervise both processes, for machines without a service manager.
     Up(Box<ferry_tools::up::Args>),
     /// Send RPCs to the control plane; `ferry rpc -h` lists them.
@@ -29,7 +33,9 @@ fn main() -> ExitCode {
         return ferry_tools::rpc::run(words);
     }
     let outcome = match Cli::parse().command {
+        Command::Bench(args) => ferry_tools::bench::run(&args),
         Command::Mount(args) => ferry_tools::mount::run(&args),
+        Command::Top(args) => ferry_tools::top::run(&args),
         Command::Up(args) => ferry_tools::up::run(*args),
         Command::Rpc => return ferry_tools::rpc::run(std::iter::empty()),
     };

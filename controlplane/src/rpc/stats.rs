@@ -442,6 +442,7 @@ pub(super) fn get_counters(app: &App, _: &Args) -> Result<Value, RpcError> {
         let device = model.device(&counted.name).ok();
         let live = device.and_then(|device| device.live.as_ref());
         devices.push(json!({
+            "id": counted.id,
             "name": counted.name,
             "state": device.map_or("", |device| device.state().name()),
             "fsdev": live.map_or("", |live| live.spec.fsdev.as_str()),
@@ -453,7 +454,8 @@ pub(super) fn get_counters(app: &App, _: &Args) -> Result<Value, RpcError> {
             "ops": ops,
         }));
     }
-    Ok(json!({"cores": cores, "devices": devices, "first_bucket": FIRST_BUCKET}))
+    let pid = model.platform().pid;
+    Ok(json!({"pid": pid, "cores": cores, "devices": devices, "first_bucket": FIRST_BUCKET}))
 }
 
 #[cfg(test)]

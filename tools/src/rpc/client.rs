@@ -5,6 +5,7 @@ use std::io;
 use std::io::Read;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -69,7 +70,7 @@ pub(crate) enum CallError {
 }
 
 /// The client; it connects with the first request.
-pub(super) struct Client {
+pub(crate) struct Client {
     options: Options,
     verbose: bool,
     stream: Option<UnixStream>,
@@ -78,6 +79,15 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// One with no other options than its socket and how long it waits.
+    pub(crate) fn to(socket: &Path, timeout: Duration) -> Client {
+        Client::new(Options {
+            socket: socket.to_owned(),
+            timeout,
+            ..Options::new()
+        })
+    }
+
     pub(super) fn new(options: Options) -> Client {
         let verbose = options.verbose;
         Client {
@@ -95,7 +105,7 @@ impl Client {
     }
 
     /// Sends a request and waits for its result. In a dry run it prints the request instead, and there is none.
-    pub(super) fn call(
+    pub(crate) fn call(
         &mut self,
         method: &str,
         params: &Map<String, Value>,

@@ -27,8 +27,8 @@ use ferry_controlplane::rpc::table::Handler;
 use ferry_controlplane::rpc::table::Output;
 use serde_json::Value;
 
-use client::CallError;
-use client::Client;
+pub(crate) use client::CallError;
+pub(crate) use client::Client;
 use options::Options;
 use options::OptionsError;
 

@@ -56,7 +56,7 @@ pub(crate) enum OptionsError {
 }
 
 impl Options {
-    fn new() -> Options {
+    pub(super) fn new() -> Options {
         Options {
             socket: PathBuf::from("/var/tmp/spdk.sock"),
             timeout: Duration::from_secs(60),

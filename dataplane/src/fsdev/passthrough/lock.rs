@@ -12,7 +12,8 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use ferry_shared::errno::Errno;
 use zerocopy::FromZeros;
 
-use super::sys::{self, Fd, RangeLock};
+use super::sys::{self, Fd, FileId, RangeLock};
+use super::{deadlock, fdinfo};
 use crate::fsdev::table::{Pinned, Record, Table};
 use crate::fuse::abi::{fuse_file_lock, fuse_lk_in};
 
@@ -85,15 +86,25 @@ pub(super) fn to_range(lock: &fuse_file_lock) -> Result<RangeLock, Errno> {
     })
 }
 
+/// Numbers the devices of this process.
+static DEVICES: AtomicU64 = AtomicU64::new(0);
+
 /// All lock owners of a device.
 pub(super) struct Locks {
     table: Table<Owner>,
+    number: u64,
 }
 
 impl Locks {
     pub(super) fn new(capacity: u32) -> Result<Locks, Errno> {
         let table = Table::new(capacity, capacity).ok_or(Errno::ENOMEM)?;
-        Ok(Locks { table })
+        let number = DEVICES.fetch_add(1, Relaxed);
+        Ok(Locks { table, number })
+    }
+
+    /// The device's number in this process.
+    pub(super) fn number(&self) -> u64 {
+        self.number
     }
 
     pub(super) fn live(&self) -> u32 {
@@ -158,6 +169,7 @@ impl Locks {
         sys::set_range_lock(found.fd().ok_or(Errno::ENOLCK)?, lock)?;
         found.record().fh.store(arg.fh, Relaxed);
         found.record().pid.store(arg.lk.pid as i32, Relaxed);
+        deadlock::taken();
         Ok(())
     }
 
@@ -173,7 +185,8 @@ impl Locks {
         }
     }
 
-    /// The lock in the way of `lock`, or one with `F_UNLCK`. `fd` is a description that holds no range locks.
+    /// The lock in the way of `lock`, or one with `F_UNLCK`. `fd` is a description that holds no range locks. Its process
+    /// is one of this guest; 0 stands for any other, whose number would mean nothing here.
     pub(super) fn get(
         &self,
         nodeid: u64,
@@ -184,28 +197,53 @@ impl Locks {
         let own = self.find(nodeid, owner);
         let fd = own.as_ref().and_then(Pinned::fd).unwrap_or(fd);
         let mut found = sys::get_range_lock(fd, lock)?;
-        if found.kind != libc::F_UNLCK && found.pid < 0 {
-            found.pid = self.other_pid(nodeid, owner);
+        if found.kind != libc::F_UNLCK {
+            found.pid = self.pid_behind(nodeid, owner, &found);
         }
         Ok(found)
     }
 
-    /// The guest's process behind the only other owner of an inode; 0 when it is not certain which one it is.
-    fn other_pid(&self, nodeid: u64, owner: u64) -> i32 {
+    /// The guest's process that holds exactly this lock; 0 when there is none.
+    fn pid_behind(&self, nodeid: u64, owner: u64, lock: &RangeLock) -> i32 {
         let mut pid = 0;
-        for index in self.table.indexes() {
-            let Some(other) = self.table.pin_index(index) else {
-                continue;
-            };
-            let other = other.record();
-            if other.nodeid.load(Relaxed) == nodeid && other.owner.load(Relaxed) != owner {
-                if pid != 0 {
-                    return 0;
+        self.each(|other, fd| {
+            if pid != 0 || other.nodeid.load(Relaxed) != nodeid || other.is(nodeid, owner) {
+                return;
+            }
+            fdinfo::locks_of(fd, |held| {
+                if (held.kind, held.start, held.len) == (lock.kind, lock.start, lock.len) {
+                    pid = other.pid.load(Relaxed);
                 }
-                pid = other.pid.load(Relaxed);
+            });
+        });
+        pid
+    }
+
+    /// Calls `visit` with every owner that holds a lock of this file in the way of `lock`.
+    pub(super) fn holders(&self, file: FileId, lock: &RangeLock, mut visit: impl FnMut(u64)) {
+        self.each(|owner, fd| {
+            if FileId::of(fd) != Ok(file) {
+                return;
+            }
+            let mut in_the_way = false;
+            fdinfo::locks_of(fd, |held| in_the_way |= held.conflicts(lock));
+            if in_the_way {
+                visit(owner.owner.load(Relaxed));
+            }
+        });
+    }
+
+    fn each(&self, mut visit: impl FnMut(&Owner, i32)) {
+        if self.table.live() == 0 {
+            return;
+        }
+        for index in self.table.indexes() {
+            if let Some(pin) = self.table.pin_index(index)
+                && let Some(fd) = pin.fd()
+            {
+                visit(pin.record(), fd);
             }
         }
-        pid
     }
 
     /// Drops all locks of an owner on an inode.

@@ -18,13 +18,16 @@
 //! out as the host's kernel would make them.
 
 mod attr;
+mod deadlock;
 mod dir;
+mod fdinfo;
 mod file;
 mod handle;
 mod identity;
 mod ids;
 mod inode;
 mod lock;
+mod locking;
 mod meta;
 mod mounts;
 mod names;
@@ -33,13 +36,14 @@ mod xattr;
 
 use alloc::ffi::CString;
 use alloc::format;
+use alloc::sync::Arc;
 use core::ffi::CStr;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use core::sync::atomic::fence;
 
 use ferry_shared::errno::Errno;
-use ferry_shared::export::Cache;
+use ferry_shared::export::{Cache, Squash};
 use ferry_shared::msg::{AioSpec, Failure, Placement};
 
 use self::handle::Handles;
@@ -80,7 +84,7 @@ impl Default for Capacity {
 /// A directory as a file-system device.
 pub struct Passthrough {
     // Dropped in this order: locks and handles belong to inodes.
-    locks: Locks,
+    locks: Arc<Locks>,
     handles: Handles,
     inodes: Inodes,
     /// INIT flags of the mount.
@@ -120,8 +124,10 @@ impl Passthrough {
             let detail = format!("cannot set up the inode tables for root_path {path:?}");
             Failure::new(errno, detail)
         };
+        let locks = Arc::new(Locks::new(capacity.lock_owners).map_err(failed)?);
+        deadlock::enlist(&locks);
         Ok(Passthrough {
-            locks: Locks::new(capacity.lock_owners).map_err(failed)?,
+            locks,
             handles: Handles::new(capacity.handles).map_err(failed)?,
             inodes: Inodes::new(root, capacity.inodes, capacity.hot_inodes).map_err(failed)?,
             granted: AtomicU64::new(0),
@@ -218,6 +224,10 @@ impl FsDev for Passthrough {
         if self.spec.enable_writeback_cache {
             flags |= FUSE_WRITEBACK_CACHE;
         }
+        // With it, most requests do not say who asks, so nobody could be squashed.
+        if self.spec.export.squash == Squash::None {
+            flags |= FUSE_ALLOW_IDMAP;
+        }
         Offer {
             flags,
             max_write: self.spec.max_xfer_size,
@@ -237,6 +247,7 @@ impl FsDev for Passthrough {
         self.session.update(Relaxed, Relaxed, next);
         // Pairs with the fence in `has_ended`.
         fence(SeqCst);
+        deadlock::end_all(&self.locks);
         self.locks.clear();
         self.handles.clear();
         self.inodes.clear();
@@ -258,6 +269,10 @@ impl FsDev for Passthrough {
 
     fn lock_epoch(&self) -> u64 {
         lock::epoch()
+    }
+
+    fn wait_ended(&self, unique: u64) {
+        deadlock::end(&self.locks, unique);
     }
 
     fn unpin(&self, pin: Pin, _op: IoOp, _result: i32) {
@@ -504,12 +519,12 @@ impl FsDev for Passthrough {
 
     fn setlk(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_lk_in,
-        _wait: bool,
+        wait: bool,
     ) -> Result<(), Errno> {
-        self.do_setlk(nodeid, arg)
+        self.do_setlk(caller, nodeid, arg, wait)
     }
 
     fn access(&self, caller: &Caller<'_>, nodeid: u64, mask: u32) -> Result<(), Errno> {
