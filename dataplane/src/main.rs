@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
@@ -136,7 +137,44 @@ fn run(options: Options) -> anyhow::Result<()> {
     service.restore();
     keeper.fds().ready();
     tracing::info!(run_dir = %run_dir.display(), cpumask = %options.cpumask, buffers, "ready");
-    serve(service, control, &poller, &signals)
+    let watchdog = Watchdog::new(&keeper);
+    serve(service, control, &poller, &signals, watchdog)
+}
+
+/// The service manager's watchdog. It hears from this process only while the management thread and every core go on.
+struct Watchdog {
+    fds: Arc<FdStore>,
+    /// How often it hears of us, at least; a third of the time after which it ends the process.
+    period: Option<Duration>,
+    next: Instant,
+}
+
+impl Watchdog {
+    fn new(keeper: &Keeper) -> Watchdog {
+        let fds = Arc::clone(keeper.fds());
+        Watchdog {
+            period: fds.watchdog().map(|limit| limit / 3),
+            fds,
+            next: Instant::now(),
+        }
+    }
+
+    /// Feeds it if it is time; gives the time until the next look in milliseconds, or -1.
+    fn feed(&mut self, service: &Service) -> i32 {
+        let Some(period) = self.period else {
+            return -1;
+        };
+        let now = Instant::now();
+        if now >= self.next {
+            if service.cores().all_answered() {
+                self.fds.feed_watchdog();
+                service.cores().ping();
+            }
+            self.next = now + period;
+        }
+        let left = self.next.saturating_duration_since(now).as_millis();
+        i32::try_from(left).unwrap_or(i32::MAX).saturating_add(1)
+    }
 }
 
 /// Takes over the state of a former process. Never guesses: one that cannot be read is refused, and stays as it is.
@@ -192,9 +230,11 @@ fn serve(
     mut control: Control,
     poller: &Poller,
     signals: &Signals,
+    mut watchdog: Watchdog,
 ) -> anyhow::Result<()> {
     let mut ready = Vec::new();
     loop {
+        let limit = watchdog.feed(&service);
         service.drain_cores();
         if control.take_ended() {
             service.forget_caller();
@@ -214,7 +254,7 @@ fn serve(
         }
         let sleep = control.prepare_sleep() && service.cores().prepare_sleep();
         poller
-            .wait(&mut ready, if sleep { -1 } else { 0 })
+            .wait(&mut ready, if sleep { limit } else { 0 })
             .context("epoll failed")?;
         service.cores().awake();
         control.wake();
