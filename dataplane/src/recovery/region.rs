@@ -558,9 +558,16 @@ impl Area {
         self.len() == 0
     }
 
-    /// `count` records at byte `at`. Any bytes are valid records, because they may come from another process; sharing the
-    /// same bytes between records with and without interior mutability is up to the caller's types, all of which are atomics.
-    pub fn place<T: Shared>(&self, at: u64, count: usize) -> Result<Placed<T>, RegionError> {
+    /// `count` records at byte `at`.
+    ///
+    /// # Safety
+    ///
+    /// Every field of `T` that is ever written is an atomic, and no other type is placed over the same bytes.
+    pub unsafe fn place<T: FromBytes + Sync>(
+        &self,
+        at: u64,
+        count: usize,
+    ) -> Result<Placed<T>, RegionError> {
         let need = (size_of::<T>() as u64).saturating_mul(count as u64);
         let records = usize::try_from(at)
             .ok()
@@ -572,9 +579,19 @@ impl Area {
                 need,
             })?;
         let keep: Keep = Arc::clone(&self.0) as Keep;
-        // SAFETY: inside the mapping and aligned, see `records`; any bytes are valid and only atomics change them, by the
-        // contract of `Shared`; the mapping is kept.
+        // SAFETY: inside the mapping and aligned, see `records`; any bytes are valid (`FromBytes`) and only atomics change
+        // them, by the contract; the mapping is kept.
         Ok(unsafe { Placed::new(records, keep) })
+    }
+
+    /// `count` words at byte `at`.
+    ///
+    /// # Errors
+    ///
+    /// Unless they lie inside. Whoever calls this places nothing else over them.
+    pub fn words(&self, at: u64, count: usize) -> Result<Placed<AtomicU64>, RegionError> {
+        // SAFETY: words are atomics, and every area has one user, whose layout says where its words are.
+        unsafe { self.place(at, count) }
     }
 
     /// Gives the area up: it goes when the last [`Placed`] and clone of it are gone.
@@ -582,18 +599,6 @@ impl Area {
         self.0.discarded.store(true, Ordering::Relaxed);
     }
 }
-
-/// Records that may lie in an area.
-///
-/// # Safety
-///
-/// Every field that is ever written is an atomic, so that two views of the same bytes do no harm.
-pub unsafe trait Shared: FromBytes + Sync {}
-
-// SAFETY: an atomic.
-unsafe impl Shared for AtomicU64 {}
-// SAFETY: an array of what may be shared.
-unsafe impl<T: Shared, const N: usize> Shared for [T; N] where [T; N]: FromBytes {}
 
 #[cfg(test)]
 mod tests;
