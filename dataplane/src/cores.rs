@@ -35,7 +35,7 @@ pub const SLOTS_PER_CORE: u32 = 256;
 pub const MIN_BUFFERS_PER_CORE: u32 = 2;
 /// Data buffers of a core when the operator gives no memory size.
 pub const DEFAULT_BUFFERS_PER_CORE: u32 = 32;
-/// Helper threads per core.
+/// Helper threads per core, besides those that devices bring.
 const HELPERS_PER_CORE: usize = 4;
 /// How long an idle core goes on polling before it sleeps, when polling is adaptive.
 const SPIN: Duration = Duration::from_micros(50);
@@ -118,7 +118,6 @@ pub struct CoreSet<B: Backend> {
     settled: VecDeque<CoreEvent>,
     helpers: Arc<Helpers<B>>,
     threads: Vec<JoinHandle<()>>,
-    core_threads: usize,
     devices: HashMap<DeviceId, DeviceEntry<B>>,
     /// Which core serves a queue.
     placed: HashMap<(DeviceId, QueueIdx), usize>,
@@ -145,7 +144,7 @@ impl<B: Backend> CoreSet<B> {
         let (counters, counters_file) = Counters::create(count).map_err(io::Error::other)?;
         // The cores count as long as the process lives.
         let counters: &'static Counters = Box::leak(Box::new(counters));
-        let helpers = Arc::new(Helpers::new(count * SLOTS_PER_CORE as usize));
+        let helpers = Helpers::start(count * SLOTS_PER_CORE as usize, count * HELPERS_PER_CORE)?;
         let mut threads = Vec::new();
         for (number, &cpu) in options.cpus.iter().enumerate() {
             let bodies = arena
@@ -168,12 +167,6 @@ impl<B: Backend> CoreSet<B> {
             };
             threads.push(seed.spawn()?);
         }
-        let core_threads = threads.len();
-        for number in 0..count * HELPERS_PER_CORE {
-            let helpers = Arc::clone(&helpers);
-            let builder = std::thread::Builder::new().name(format!("ferry-help-{number}"));
-            threads.push(builder.spawn(move || helpers.work())?);
-        }
         Ok(CoreSet {
             mailboxes,
             events,
@@ -181,7 +174,6 @@ impl<B: Backend> CoreSet<B> {
             settled: VecDeque::new(),
             helpers,
             threads,
-            core_threads,
             devices: HashMap::new(),
             placed: HashMap::new(),
             load: vec![0; count],
@@ -203,6 +195,7 @@ impl<B: Backend> CoreSet<B> {
     /// Makes a device known, before its queues are started.
     pub fn attach(&mut self, device: DeviceId, name: &str, shared: Arc<DeviceShared<B>>) {
         counters::register(self.counters.words(), device.0, name);
+        self.helpers.attach(device);
         self.devices.insert(
             device,
             DeviceEntry {
@@ -216,6 +209,7 @@ impl<B: Backend> CoreSet<B> {
     /// Forgets a device that has no queues any more.
     pub fn detach(&mut self, device: DeviceId) {
         counters::unregister(self.counters.words(), device.0);
+        self.helpers.detach(device);
         self.devices.remove(&device);
     }
 
@@ -272,18 +266,14 @@ impl<B: Backend> CoreSet<B> {
     }
 
     /// Ends all threads; the devices must be closed.
-    pub fn shut_down(mut self) {
+    pub fn shut_down(self) {
         for mailbox in &self.mailboxes {
             mailbox.post(CoreMessage::Quit);
         }
-        let helpers = self.threads.split_off(self.core_threads);
         for thread in self.threads {
             let _ = thread.join();
         }
         self.helpers.close();
-        for thread in helpers {
-            let _ = thread.join();
-        }
     }
 
     /// The core with the fewest queues.

@@ -1,4 +1,4 @@
-//! Cores for the fuzz targets of the transports.
+//! The cores that the fuzz targets of the transports start their queues on.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -2,8 +2,12 @@
 //! `corpus/` through them on stable Rust. A target panics when a rule is broken and returns otherwise.
 
 mod cores;
+mod device;
 pub mod fuse;
+pub mod platform;
 pub mod queue;
+pub mod rings;
+pub mod rpc;
 pub mod vfio_user;
 pub mod vhost_user;
 
@@ -41,5 +45,25 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "vhost_user",
         run: vhost_user::messages,
+    },
+    Target {
+        name: "control_rings",
+        run: rings::control,
+    },
+    Target {
+        name: "rpc",
+        run: rpc::stream,
+    },
+    Target {
+        name: "configuration",
+        run: rpc::configuration,
+    },
+    Target {
+        name: "state",
+        run: rpc::state,
+    },
+    Target {
+        name: "platform",
+        run: platform::file,
     },
 ];

@@ -14,6 +14,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Put load on virtio-fs devices and measure them.
+    Bench(ferry_tools::bench::Args),
     /// Attach to a function from this host and mount it through the kernel's FUSE.
     Mount(ferry_tools::mount::Args),
     /// Show what the service does: cores, devices, operations, latencies.
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
         return ferry_tools::rpc::run(words);
     }
     let outcome = match Cli::parse().command {
+        Command::Bench(args) => ferry_tools::bench::run(&args),
         Command::Mount(args) => ferry_tools::mount::run(&args),
         Command::Top(args) => ferry_tools::top::run(&args),
         Command::Up(args) => ferry_tools::up::run(*args),

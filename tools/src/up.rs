@@ -2,16 +2,19 @@
 //! manager.
 //!
 //! Each process is in a process group of its own, so that a Ctrl-C reaches only this one, which then stops the control
-//! plane and after it the data plane. A process that ends is started again, after a delay that grows while it keeps
-//! ending; the other one is not touched. Only a process that ends before the service has been ready once ends
-//! everything, since it will have said what is wrong with the command line. This module waits in poll(2) and nowhere
-//! else.
+//! plane and after it the data plane. A process that ends is started again, at once unless it keeps ending; the other one
+//! is not touched. Only a process that ends before the service has been ready once ends everything, since it will have
+//! said what is wrong with the command line. The data plane stores descriptors here, which it gets back when it is started
+//! again. This module waits in poll(2) and nowhere else.
 
+mod fdstore;
 mod options;
+mod pass;
 mod probe;
 mod process;
 mod reach;
 mod sockets;
+mod upgrade;
 
 pub use options::Args;
 
@@ -28,13 +31,16 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{User, chown, geteuid};
 
+use fdstore::FdStore;
 use probe::Probe;
 use process::{Launch, Process};
 use reach::Reach;
+use upgrade::Upgrades;
 
 /// How long the control plane gets to end by itself.
 const CONTROLPLANE_GRACE: Duration = Duration::from_secs(3);
@@ -48,11 +54,23 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(50);
 /// Starts the service and returns when it has been told to stop and has done so.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let args = args.with_app_args(env::var("APP_ARGS").ok().as_deref())?;
+    if let Some(program) = &args.upgrade {
+        return upgrade::ask(&args.run_dir(), program);
+    }
+    raise_fd_limit();
     let mut supervisor = Supervisor::new(&args)?;
     let outcome = supervisor.supervise();
     supervisor.stop();
     sockets::clean(&args.run_dir(), &args.rpc_socket());
     outcome
+}
+
+/// What the data plane stores takes descriptors: as many as the system allows.
+fn raise_fd_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // With fewer the store is only smaller.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 /// The user that the control plane runs as; `None` when it is the one that started this process.
@@ -122,6 +140,9 @@ struct Supervisor {
     /// Asks for readiness; `None` once it has been announced.
     probe: Option<Probe>,
     ready_line: String,
+    run_dir: PathBuf,
+    /// Once the service has been ready.
+    upgrades: Option<Upgrades>,
 }
 
 impl Supervisor {
@@ -156,10 +177,12 @@ impl Supervisor {
         };
         Ok(Supervisor {
             signals: watch_signals().context("cannot watch signals")?,
-            dataplane: Process::new("dataplane", dataplane),
-            controlplane: Process::new("controlplane", controlplane),
+            dataplane: Process::new("dataplane", dataplane, Some(FdStore::new()?)),
+            controlplane: Process::new("controlplane", controlplane, None),
             ready_line: format!("READY rpc={} run-dir={}", rpc.display(), run_dir.display()),
+            run_dir: run_dir.clone(),
             probe: Some(Probe::new(rpc, run_dir)),
+            upgrades: None,
         })
     }
 
@@ -167,6 +190,8 @@ impl Supervisor {
     fn supervise(&mut self) -> anyhow::Result<()> {
         loop {
             let mut next = None;
+            self.dataplane.drain_store();
+            let expected = self.upgrades.as_ref().is_some_and(Upgrades::expects_end);
             for process in [&mut self.dataplane, &mut self.controlplane] {
                 if let Some(ended) = process.reap() {
                     if self.probe.is_some() {
@@ -175,10 +200,11 @@ impl Supervisor {
                             process.program()
                         );
                     }
-                    process.say(&format!(
-                        "ended ({ended}), starts again in {} ms",
-                        process.delay().as_millis()
-                    ));
+                    process.say(&ended_text(&ended.to_string(), process.delay()));
+                }
+                if expected && process.store().is_some() {
+                    // The upgrade says which program comes next.
+                    continue;
                 }
                 match process.start_if_due() {
                     Ok(wait) => next = earlier(next, wait),
@@ -191,6 +217,12 @@ impl Supervisor {
                         ));
                         next = earlier(next, Some(process.delay()));
                     }
+                }
+            }
+            if let Some(upgrades) = &mut self.upgrades {
+                next = earlier(next, upgrades.advance(&mut self.dataplane));
+                if expected && !self.dataplane.is_running() {
+                    continue;
                 }
             }
             if let Some(probe) = &mut self.probe {
@@ -208,6 +240,10 @@ impl Supervisor {
 
     fn announce(&mut self) {
         self.probe = None;
+        match Upgrades::new(&self.run_dir) {
+            Ok(upgrades) => self.upgrades = Some(upgrades),
+            Err(error) => self.dataplane.say(&format!("no upgrades: {error:#}")),
+        }
         let mut stdout = io::stdout().lock();
         // Whoever started us need not read it.
         let _ = writeln!(stdout, "{}", self.ready_line).and_then(|()| stdout.flush());
@@ -223,7 +259,9 @@ impl Supervisor {
             Some(self.signals.as_fd()),
             self.dataplane.messages(),
             self.controlplane.messages(),
+            self.dataplane.store(),
             self.probe.as_ref().and_then(Probe::descriptor),
+            self.upgrades.as_ref().map(Upgrades::descriptor),
         ];
         let mut fds: Vec<PollFd> = sources
             .into_iter()
@@ -234,6 +272,7 @@ impl Supervisor {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for events"),
         }
+        self.dataplane.drain_store();
         self.dataplane.relay();
         self.controlplane.relay();
         Ok(self.stop_requested())
@@ -251,6 +290,9 @@ impl Supervisor {
     /// Stops the control plane, then the data plane.
     fn stop(&mut self) {
         self.probe = None;
+        if let Some(mut upgrades) = self.upgrades.take() {
+            upgrades.cancel();
+        }
         let mut patient = true;
         for (which, grace) in [
             (Which::Controlplane, CONTROLPLANE_GRACE),
@@ -263,6 +305,7 @@ impl Supervisor {
                 self.end(which, Signal::SIGKILL, KILL_GRACE, true);
             }
         }
+        self.dataplane.clear_store();
     }
 
     /// Sends a signal and waits for the end of the process. A second request to stop ends the patience.
@@ -292,6 +335,13 @@ impl Supervisor {
 enum Which {
     Dataplane,
     Controlplane,
+}
+
+fn ended_text(ended: &str, delay: Duration) -> String {
+    match delay.as_millis() {
+        0 => format!("ended ({ended}), starts again"),
+        ms => format!("ended ({ended}), starts again in {ms} ms"),
+    }
 }
 
 fn earlier(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {

@@ -192,6 +192,9 @@ pub trait FsDev: Send + Sync {
     /// Releases what [`Io::Submit`] held. `result` is what the operation gave: bytes, or a negative error number.
     fn unpin(&self, pin: Pin, op: IoOp, result: i32) {}
 
+    /// Request `unique`, a SETLKW that was told to wait (`EAGAIN`), has been given up and will not be tried again.
+    fn wait_ended(&self, unique: u64) {}
+
     /// Changes whenever a lock may have been released, so that waiting SETLKW requests are worth trying again.
     fn lock_epoch(&self) -> u64 {
         0

@@ -63,6 +63,13 @@ impl Backend for AnyFsDev {
         }
     }
 
+    fn wait_ended(&self, unique: u64) {
+        match self {
+            AnyFsDev::Aio(fs) => FsDev::wait_ended(&**fs, unique),
+            AnyFsDev::Null(fs) => FsDev::wait_ended(fs, unique),
+        }
+    }
+
     fn reset(&self, session: &Session) {
         match self {
             AnyFsDev::Aio(fs) => session.reset(&**fs),

@@ -235,6 +235,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             meta.stage = Stage::Offloaded;
             let job = Job {
                 run,
+                device: device.id,
                 shared: Arc::clone(&device.shared),
                 backend: device.backend.clone(),
             };
@@ -284,7 +285,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let at = meta.queue;
         if self.early_interrupts.iter().any(|&e| e == (device, unique)) {
             self.early_interrupts.retain(|&e| e != (device, unique));
-            return self.fail(slot, Errno::EINTR, sys);
+            return self.give_up_wait(slot, device, unique, sys);
         }
         if self.queue_mut(at).is_some_and(|q| q.ending != Ending::Runs) {
             return self.give_back(slot, sys);
@@ -548,7 +549,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         match found {
             Some(slot) => {
                 self.waiting.retain(|&s| s != slot);
-                self.fail(slot, Errno::EINTR, sys);
+                self.give_up_wait(slot, device, unique, sys);
             }
             None => {
                 if self.early_interrupts.is_full() {
@@ -557,6 +558,15 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 let _ = self.early_interrupts.push_back((device, unique));
             }
         }
+    }
+
+    /// Ends a request that waited for a lock, without the lock.
+    fn give_up_wait(&mut self, slot: u32, device: DeviceId, unique: u64, sys: &mut S) {
+        let device = self.devices.iter().find(|d| d.id == device);
+        if let Some(backend) = device.and_then(|d| d.backend.as_ref()) {
+            backend.wait_ended(unique);
+        }
+        self.fail(slot, Errno::EINTR, sys);
     }
 
     /// Tries waiting locks again although no local release was seen; for locks that other processes hold.

@@ -36,6 +36,7 @@ struct Model {
     offload: AtomicBool,
     unpinned: AtomicU32,
     attempts: AtomicU32,
+    given_up: AtomicU64,
 }
 
 impl FsDev for Model {
@@ -58,6 +59,9 @@ impl FsDev for Model {
     }
     fn lock_epoch(&self) -> u64 {
         self.epoch.load(Ordering::Relaxed)
+    }
+    fn wait_ended(&self, unique: u64) {
+        self.given_up.fetch_add(unique, Ordering::Relaxed);
     }
     fn statfs(&self, _: &Caller<'_>, _: u64) -> Result<fuse_kstatfs, Errno> {
         Ok(fuse_kstatfs {
@@ -420,6 +424,7 @@ fn an_interrupt_ends_a_waiting_lock_whichever_comes_first() {
     );
     rig.turn();
     assert_eq!(rig.world.spread, [2]);
+    assert_eq!(rig.model.given_up.load(Ordering::Relaxed), 2);
     rig.send(
         FUSE_INTERRUPT,
         0,
@@ -435,6 +440,7 @@ fn an_interrupt_ends_a_waiting_lock_whichever_comes_first() {
         answers,
         [(2, -Errno::EINTR.raw()), (3, -Errno::EINTR.raw())]
     );
+    assert_eq!(rig.model.given_up.load(Ordering::Relaxed), 5);
 }
 
 #[test]

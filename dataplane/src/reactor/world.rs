@@ -27,6 +27,8 @@ pub trait Backend: Send + Sync + 'static {
     fn may_block(&self, opcode: u32) -> bool;
     /// See [`FsDev::lock_epoch`].
     fn lock_epoch(&self) -> u64;
+    /// See [`FsDev::wait_ended`].
+    fn wait_ended(&self, unique: u64);
     /// See [`Session::reset`].
     fn reset(&self, session: &Session);
 }
@@ -47,6 +49,10 @@ impl<F: FsDev + 'static> Backend for F {
 
     fn lock_epoch(&self) -> u64 {
         FsDev::lock_epoch(self)
+    }
+
+    fn wait_ended(&self, unique: u64) {
+        FsDev::wait_ended(self, unique);
     }
 
     fn reset(&self, session: &Session) {
@@ -111,6 +117,7 @@ pub trait System<B> {
 #[derive(Debug)]
 pub struct Job<B> {
     pub(super) run: Run,
+    pub(super) device: DeviceId,
     pub(super) shared: Arc<DeviceShared<B>>,
     pub(super) backend: Option<Arc<B>>,
 }
@@ -119,6 +126,11 @@ pub struct Job<B> {
 unsafe impl<B: Send + Sync> Send for Job<B> {}
 
 impl<B: Backend> Job<B> {
+    /// The device whose request it is.
+    pub fn device(&self) -> DeviceId {
+        self.device
+    }
+
     /// Runs the request.
     pub fn run(self) -> Outcome {
         // SAFETY: the job is the only user of the slot until its outcome is handed back, see `Reactor::run`.

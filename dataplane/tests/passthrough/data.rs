@@ -162,14 +162,18 @@ fn a_write_strips_privileges_exactly_when_asked() {
     let path = rig.top.join("f");
     let (file, fh) = rig.create(ROOT, "f");
     let kill = FUSE_WRITE_KILL_SUIDGID;
-    for (before, flag, after) in [
-        (0o6755, 0, 0o6755),
-        (0o6755, kill, 0o755),
-        (0o2644, kill, 0o2644),
-        (0o4600, kill, 0o600),
+    // Who writes as one of the others, and is not of the file's group 0, loses set-group-ID in any case.
+    for (before, gid, flag, after) in [
+        (0o6755, 1000, 0, 0o6755),
+        (0o6755, 1000, kill, 0o755),
+        (0o2644, 1000, kill, 0o2644),
+        (0o2666, 1000, kill, 0o666),
+        (0o2666, 0, kill, 0o2666),
+        (0o2676, 0, kill, 0o676),
+        (0o4600, 1000, kill, 0o600),
     ] {
         chmod(&path, before);
-        rig.write_as(&as_user(1000, 1000), file.nodeid, fh, 0, b"x", flag)
+        rig.write_as(&as_user(1000, gid), file.nodeid, fh, 0, b"x", flag)
             .unwrap();
         assert_eq!(mode(&path), after, "{before:o} {flag}");
     }
@@ -198,6 +202,27 @@ fn an_allocation_by_an_unprivileged_caller_strips_privileges() {
         assert_eq!(mode(&path), after);
     }
     assert_eq!(fs::metadata(&path).unwrap().len(), 8192);
+}
+
+/// Such a guest asks for it with a SETATTR beforehand, and does not say who allocates.
+#[test]
+fn an_allocation_by_an_unnamed_caller_strips_nothing_where_ids_may_be_mapped() {
+    let unnamed = as_user(FUSE_INVALID_UIDGID, FUSE_INVALID_UIDGID);
+    for (mask, after) in [(u64::MAX, 0o6755), (!FUSE_ALLOW_IDMAP, 0o755)] {
+        let rig = Rig::new();
+        rig.mount(mask);
+        let path = rig.top.join("f");
+        let (file, fh) = rig.create(ROOT, "f");
+        chmod(&path, 0o6755);
+        let arg = fuse_fallocate_in {
+            fh,
+            length: 8192,
+            ..Default::default()
+        };
+        let io = rig.fs.fallocate(&unnamed, file.nodeid, &arg).unwrap();
+        rig.perform(io, &IoVec::EMPTY).unwrap();
+        assert_eq!(mode(&path), after);
+    }
 }
 
 #[test]

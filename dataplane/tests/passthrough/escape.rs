@@ -8,7 +8,7 @@ use ferry_dataplane::fsdev::FsDev as _;
 use ferry_dataplane::fuse::abi::*;
 use ferry_shared::errno::Errno;
 
-use crate::rig::{Mounted, ROOT, Rig, make_node, name, root};
+use crate::rig::{self, Mounted, ROOT, Rig, make_node, name, root};
 
 #[test]
 fn a_create_does_not_follow_a_link_to_a_file_outside() {
@@ -153,6 +153,7 @@ fn a_swap_of_directory_and_link_never_leads_outside() {
                 rig.fs.rename(&root(), ROOT, &a, ROOT, &b, flags).unwrap();
             }
         });
+        let _end = rig::SetOnDrop(&done);
         for _ in 0..3_000 {
             let Ok(d) = rig.look(ROOT, "d") else { continue };
             if let Ok(f) = rig.look(d.nodeid, "f") {
@@ -165,7 +166,6 @@ fn a_swap_of_directory_and_link_never_leads_outside() {
             }
             rig.forget(d.nodeid);
         }
-        done.store(true, Ordering::Relaxed);
     });
     assert!(!rig.outside.join("g").exists());
 }

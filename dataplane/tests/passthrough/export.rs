@@ -328,6 +328,14 @@ fn a_squashed_listing_tells_no_attributes_that_a_lookup_would_not() {
 }
 
 #[test]
+fn a_guest_that_does_not_name_its_callers_is_not_offered_where_some_are_squashed() {
+    let offered = |squash| squashed(squash).fs.offer().flags & FUSE_ALLOW_IDMAP != 0;
+    assert!(offered(Squash::None));
+    assert!(!offered(Squash::Root));
+    assert!(!offered(Squash::All));
+}
+
+#[test]
 fn everybody_can_be_squashed() {
     let rig = squashed(Squash::All);
     let open_dir = rig.look(ROOT, "open").unwrap().nodeid;

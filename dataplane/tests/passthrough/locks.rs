@@ -2,8 +2,8 @@
 
 use std::fs::{self, File};
 
-use ferry_dataplane::fsdev::FsDev as _;
 use ferry_dataplane::fsdev::passthrough::Passthrough;
+use ferry_dataplane::fsdev::{Caller, FsDev as _};
 use ferry_dataplane::fuse::abi::*;
 use ferry_shared::errno::Errno;
 
@@ -69,6 +69,184 @@ fn owners_conflict_where_their_ranges_meet() {
     assert_eq!(found.type_ as i32, NONE, "its own lock is not in its way");
     set(&rig, id, lk(fh, 1, NONE, 0, 49)).unwrap();
     set(&rig, id, lk(fh, 3, WRITE, 0, 49)).unwrap();
+}
+
+#[test]
+fn the_process_behind_a_lock_is_told_among_many_and_only_within_its_guest() {
+    let rig = Rig::new();
+    let (f, fh) = rig.create(ROOT, "f");
+    for owner in 1..=5 {
+        let at = owner * 10;
+        set(&rig, f.nodeid, lk(fh, owner, WRITE, at, at + 4)).unwrap();
+        set(&rig, f.nodeid, lk(fh, owner, READ, 1000, 1000 + owner)).unwrap();
+    }
+    let holder = |fs: &Passthrough, id, fh, owner, at| {
+        let asked = lk(fh, owner, WRITE, at, at);
+        let found = fs.getlk(&root(), id, &asked).unwrap();
+        (found.type_ as i32, found.pid)
+    };
+    for owner in 1..=5 {
+        let at = owner * 10 + 2;
+        assert_eq!(
+            holder(&rig.fs, f.nodeid, fh, 9, at),
+            (WRITE, owner as u32 * 10)
+        );
+    }
+    assert_eq!(holder(&rig.fs, f.nodeid, fh, 1, 1005), (READ, 50));
+    let other = Passthrough::new(&spec(&rig.top)).unwrap();
+    mount(&other, u64::MAX);
+    let (id, gh) = open_in(&other, "f");
+    assert_eq!(
+        holder(&other, id, gh, 9, 12),
+        (WRITE, 0),
+        "of another guest"
+    );
+    let host = File::options()
+        .read(true)
+        .write(true)
+        .open(rig.top.join("g"));
+    let host = host
+        .or_else(|_| File::create_new(rig.top.join("g")))
+        .unwrap();
+    assert!(host_lock(&host, WRITE));
+    let (id, gh) = open_in(&rig.fs, "g");
+    assert_eq!(holder(&rig.fs, id, gh, 9, 12), (WRITE, 0), "of the host");
+}
+
+/// Looks a file up and opens it.
+fn open_in(fs: &Passthrough, n: &str) -> (u64, u64) {
+    let id = fs.lookup(&root(), ROOT, &name(n)).unwrap().nodeid;
+    let arg = fuse_open_in {
+        flags: libc::O_RDWR as u32,
+        open_flags: 0,
+    };
+    (id, fs.open(&root(), id, &arg).unwrap().fh)
+}
+
+/// A device whose lock owners wait: its files `a`, `b` and `c`, open.
+struct Waiting {
+    fs: Passthrough,
+    files: [(u64, u64); 3],
+}
+
+const A: usize = 0;
+const B: usize = 1;
+const C: usize = 2;
+
+impl Waiting {
+    fn new(rig: &Rig) -> Waiting {
+        for n in ["a", "b", "c"] {
+            fs::write(rig.top.join(n), "").unwrap();
+        }
+        let fs = Passthrough::new(&spec(&rig.top)).unwrap();
+        mount(&fs, u64::MAX);
+        let files = ["a", "b", "c"].map(|n| open_in(&fs, n));
+        Waiting { fs, files }
+    }
+
+    fn ask(&self, file: usize, owner: u64, kind: i32, unique: u64) -> Result<(), Errno> {
+        let (id, fh) = self.files[file];
+        let caller = Caller { unique, ..root() };
+        let arg = lk(fh, owner, kind, 0, TO_END);
+        self.fs.setlk(&caller, id, &arg, true)
+    }
+
+    /// Takes a free lock.
+    fn take(&self, file: usize, owner: u64, kind: i32) {
+        self.ask(file, owner, kind, 0).unwrap();
+    }
+
+    /// Has a request wait for a lock.
+    fn wait(&self, file: usize, owner: u64, kind: i32, unique: u64) {
+        assert_eq!(self.ask(file, owner, kind, unique), Err(Errno::EAGAIN));
+    }
+
+    fn deadlocks(&self, file: usize, owner: u64, kind: i32, unique: u64) {
+        assert_eq!(self.ask(file, owner, kind, unique), Err(Errno::EDEADLK));
+    }
+}
+
+#[test]
+fn a_request_that_would_wait_for_itself_is_refused_and_others_go_on_waiting() {
+    let rig = Rig::new();
+    let one = Waiting::new(&rig);
+    one.take(A, 1, WRITE);
+    one.take(B, 2, WRITE);
+    one.take(C, 3, WRITE);
+    one.wait(B, 1, WRITE, 101);
+    one.wait(C, 2, READ, 102);
+    one.wait(B, 1, WRITE, 101);
+    one.deadlocks(A, 3, WRITE, 103);
+    one.deadlocks(A, 3, READ, 103);
+    one.wait(A, 4, READ, 104);
+    one.take(C, 3, NONE);
+    one.ask(C, 2, READ, 102).unwrap();
+    one.wait(A, 3, WRITE, 103);
+}
+
+#[test]
+fn two_readers_that_both_want_to_write_are_a_deadlock() {
+    let rig = Rig::new();
+    let one = Waiting::new(&rig);
+    one.take(A, 1, READ);
+    one.take(A, 2, READ);
+    one.wait(A, 1, WRITE, 101);
+    one.deadlocks(A, 2, WRITE, 102);
+    one.take(A, 2, NONE);
+    one.ask(A, 1, WRITE, 101).unwrap();
+}
+
+#[test]
+fn a_deadlock_between_two_guests_is_found_too() {
+    let rig = Rig::new();
+    let one = Waiting::new(&rig);
+    let two = Waiting::new(&rig);
+    one.take(A, 7, WRITE);
+    two.take(B, 7, WRITE);
+    one.wait(B, 7, WRITE, 1);
+    two.deadlocks(A, 7, WRITE, 1);
+    two.fs.unmount();
+    one.ask(B, 7, WRITE, 1).unwrap();
+}
+
+#[test]
+fn a_wait_that_is_over_closes_no_circle() {
+    for how in ["given up", "unmounted", "granted"] {
+        let rig = Rig::new();
+        let one = Waiting::new(&rig);
+        let two = Waiting::new(&rig);
+        one.take(A, 1, WRITE);
+        two.take(B, 2, WRITE);
+        one.wait(B, 1, WRITE, 101);
+        match how {
+            "given up" => one.fs.wait_ended(101),
+            "unmounted" => {
+                one.fs.unmount();
+                mount(&one.fs, u64::MAX);
+                let (id, fh) = open_in(&one.fs, "a");
+                let again = lk(fh, 1, WRITE, 0, TO_END);
+                one.fs.setlk(&root(), id, &again, false).unwrap();
+            }
+            _ => {
+                two.take(B, 2, NONE);
+                one.ask(B, 1, WRITE, 101).unwrap();
+            }
+        }
+        two.wait(A, 2, WRITE, 102);
+    }
+}
+
+#[test]
+fn a_circle_that_a_granted_lock_closes_is_found_when_the_waiter_tries_again() {
+    let rig = Rig::new();
+    let one = Waiting::new(&rig);
+    one.take(A, 1, WRITE);
+    one.take(B, 3, WRITE);
+    one.wait(A, 2, WRITE, 102);
+    one.wait(B, 1, WRITE, 101);
+    one.take(B, 3, NONE);
+    one.take(B, 2, WRITE);
+    one.deadlocks(B, 1, WRITE, 101);
 }
 
 #[test]

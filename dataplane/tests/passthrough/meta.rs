@@ -88,6 +88,34 @@ fn truncating_takes_regular_files_only_and_strips_when_asked() {
 }
 
 #[test]
+fn a_change_of_nothing_strips_privileges_where_the_guest_leaves_that_to_us() {
+    for (mask, after) in [
+        (u64::MAX, 0o755),
+        (!(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2), 0o6755),
+    ] {
+        let rig = Rig::new();
+        rig.mount(mask);
+        let path = rig.top.join("suid");
+        fs::write(&path, "text").unwrap();
+        chmod(&path, 0o6755);
+        let file = rig.look(ROOT, "suid").unwrap().nodeid;
+        for valid in [0, FATTR_CTIME] {
+            let nothing = fuse_setattr_in {
+                valid,
+                ..Default::default()
+            };
+            assert_eq!(set(&rig, file, nothing).unwrap().mode & 0o7777, after);
+        }
+        chmod(&path, 0o6755);
+        let time = fuse_setattr_in {
+            valid: FATTR_MTIME_NOW,
+            ..Default::default()
+        };
+        assert_eq!(set(&rig, file, time).unwrap().mode & 0o7777, 0o6755);
+    }
+}
+
+#[test]
 fn symbolic_links_are_made_and_read_whatever_they_point_to() {
     let rig = Rig::new();
     let target = "../".repeat(100) + "etc/passwd";
@@ -281,6 +309,22 @@ fn invalid_ids_do_not_act_as_root() {
         let made = rig.create_with(&caller, ROOT, "f", libc::O_RDWR, 0o644, 0);
         assert_eq!(made.unwrap_err(), Errno::EINVAL);
     }
+}
+
+/// A guest with mapped ids names its callers only where something is created.
+#[test]
+fn unnamed_callers_are_served_by_who_exports_but_never_create() {
+    let rig = Rig::new();
+    let (file, _) = rig.create(ROOT, "f");
+    chmod(&rig.top.join("f"), 0o600);
+    let unnamed = as_user(FUSE_INVALID_UIDGID, FUSE_INVALID_UIDGID);
+    rig.fs.access(&unnamed, file.nodeid, 4).unwrap();
+    rig.fs.lookup(&unnamed, ROOT, &name("f")).unwrap();
+    let made = rig.fs.symlink(&unnamed, ROOT, &name("l"), &name("f"));
+    assert_eq!(made.unwrap_err(), Errno::EINVAL);
+    rig.mount(!FUSE_ALLOW_IDMAP);
+    let refused = rig.fs.access(&unnamed, ROOT, 4);
+    assert_eq!(refused.unwrap_err(), Errno::EINVAL);
 }
 
 #[test]
@@ -481,6 +525,18 @@ fn inode_flags_pass_and_other_ioctls_do_not() {
             "{cmd:#x}"
         );
     }
+    // FIEMAP: how many extents there are fits, the extents themselves do not.
+    rig.write(file.nodeid, fh, 0, &[1; 4096]).unwrap();
+    let mut map = [0u8; 32];
+    map[8..16].copy_from_slice(&u64::MAX.to_ne_bytes());
+    map[16] = 1;
+    let asked = map;
+    assert_eq!(call(0xc020_660b, &asked, &mut map).unwrap().1, 32);
+    assert_eq!(map[20..24], 1u32.to_ne_bytes());
+    let mut with_room = asked;
+    with_room[24] = 1;
+    let refused = call(0xc020_660b, &with_room, &mut map);
+    assert_eq!(refused.unwrap_err(), Errno::EOPNOTSUPP);
     assert_eq!(call(SETFLAGS, &[1], &mut []).unwrap_err(), Errno::EINVAL);
     assert_eq!(call(GETFLAGS, &[], &mut []).unwrap_err(), Errno::EINVAL);
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use ferry_dataplane::fsdev::passthrough::{Capacity, Passthrough};
 use ferry_dataplane::fsdev::{Caller, DirSink, FsDev, Io, IoOp, Negotiated};
@@ -453,6 +453,15 @@ pub(crate) fn make_node(path: &Path, mode: u32, dev: u64) {
     let path = CString::new(path.as_os_str().as_bytes()).unwrap();
     // SAFETY: the path is NUL-terminated.
     assert_eq!(unsafe { libc::mknod(path.as_ptr(), mode, dev) }, 0);
+}
+
+/// Tells other threads to end, also when this one panics.
+pub(crate) struct SetOnDrop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Reads a mode with its upper bits.

@@ -9,7 +9,7 @@ use ferry_dataplane::fsdev::passthrough::Capacity;
 use ferry_dataplane::fuse::abi::*;
 use ferry_shared::errno::Errno;
 
-use crate::rig::{ROOT, Rig, as_user, name, root};
+use crate::rig::{ROOT, Rig, SetOnDrop, as_user, name, root};
 
 /// A generator that is the same on every run.
 struct Dice(u64);
@@ -193,11 +193,11 @@ fn an_unmount_under_traffic_ends_everything_and_hurts_nobody() {
                 }
             });
         }
+        let _end = SetOnDrop(&done);
         for _ in 0..200 {
             rig.mount(u64::MAX);
             rig.fs.unmount();
         }
-        done.store(true, Ordering::Relaxed);
     });
     assert_eq!(rig.fs.usage(), (1, 0, 0));
     assert_eq!(rig.look(ROOT, "f0").unwrap_err(), Errno::ENOTCONN);

@@ -220,6 +220,11 @@ impl Device {
         self.transport.socket().as_fd()
     }
 
+    /// The process that listens for the device's connections, as far as the kernel tells.
+    pub fn peer_pid(&self) -> Option<i32> {
+        self.transport.socket().peer_pid()
+    }
+
     /// Whether the device has closed the connection.
     pub fn is_gone(&self) -> bool {
         self.transport.socket().is_closed()

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, RecvMsg, UnixAddr, recvmsg, sendmsg,
+    ControlMessage, ControlMessageOwned, MsgFlags, RecvMsg, UnixAddr, recvmsg, sendmsg, sockopt,
 };
 
 use super::error::{DriverError, Result};
@@ -112,6 +112,12 @@ impl Socket {
             }
         }
         Ok(())
+    }
+
+    /// The process that has made the listening socket.
+    pub(super) fn peer_pid(&self) -> Option<i32> {
+        let peer = nix::sys::socket::getsockopt(&self.stream, sockopt::PeerCredentials);
+        peer.ok().map(|peer| peer.pid())
     }
 
     /// Whether the peer has closed the connection. Bytes that nobody asked for are thrown away.

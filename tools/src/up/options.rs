@@ -72,6 +72,10 @@ pub struct Args {
     /// User that the control plane runs as when root starts it [default: nobody]
     #[arg(long, value_name = "USER")]
     pub control_user: Option<String>,
+    /// Start nothing: have the running `ferry up` of the run directory hand over to this ferry-dataplane, or the one in
+    /// this directory, without disconnecting anybody
+    #[arg(long, value_name = "PATH")]
+    pub upgrade: Option<PathBuf>,
 }
 
 /// The words of APP_ARGS.
@@ -134,6 +138,7 @@ impl Args {
                 self.allow
             },
             control_user: self.control_user.or(other.control_user),
+            upgrade: self.upgrade.or(other.upgrade),
         }
     }
 

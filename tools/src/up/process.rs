@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::io::{self, PipeReader, Read, Write, pipe};
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
 
@@ -16,11 +16,15 @@ use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigSet, Signal, killpg};
 use nix::unistd::{Pid, User, getppid};
 
+use super::fdstore::{FdStore, News};
 use super::options::ControlFile;
+use super::pass::Passed;
 use super::{Reach, file_name, sockets};
 
 /// A process that has lived this long has not been started in vain.
-const SETTLED: Duration = Duration::from_secs(10);
+const SETTLED: Duration = Duration::from_millis(500);
+/// So many processes that were started in vain, one after the other, are replaced at once.
+const FREE_STARTS: u32 = 5;
 const FIRST_DELAY: Duration = Duration::from_millis(100);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// Longest line that is relayed in one piece.
@@ -37,21 +41,27 @@ pub(super) struct Launch {
     pub(super) stale_rpc: Option<PathBuf>,
 }
 
-/// Delays between starts: they double as long as the process keeps ending.
+/// Delays between starts. A crash is mended at once, for guests wait; a process that keeps ending as soon as it has
+/// begun is started ever less often.
 #[derive(Debug, Default)]
 pub(super) struct Backoff {
+    in_vain: u32,
     delay: Duration,
 }
 
 impl Backoff {
     /// How long to wait after a process that has lived so long.
     pub(super) fn after(&mut self, lived: Duration) -> Duration {
-        let next = if lived >= SETTLED {
-            FIRST_DELAY
-        } else {
-            self.delay.saturating_mul(2)
+        self.in_vain = match lived >= SETTLED {
+            true => 0,
+            false => self.in_vain.saturating_add(1),
         };
-        self.delay = next.clamp(FIRST_DELAY, LONGEST_DELAY);
+        self.delay = match self.in_vain.checked_sub(FREE_STARTS + 1) {
+            None => Duration::ZERO,
+            Some(over) => FIRST_DELAY
+                .saturating_mul(1 << over.min(16))
+                .min(LONGEST_DELAY),
+        };
         self.delay
     }
 }
@@ -59,6 +69,8 @@ impl Backoff {
 struct Running {
     child: Child,
     since: Instant,
+    /// It has said so; only the process with a store of descriptors does.
+    ready: bool,
 }
 
 pub(super) struct Process {
@@ -68,10 +80,12 @@ pub(super) struct Process {
     messages: Option<Messages>,
     backoff: Backoff,
     not_before: Option<Instant>,
+    /// What it has stored for its successor.
+    store: Option<FdStore>,
 }
 
 impl Process {
-    pub(super) fn new(name: &'static str, launch: Launch) -> Process {
+    pub(super) fn new(name: &'static str, launch: Launch, store: Option<FdStore>) -> Process {
         Process {
             name,
             launch,
@@ -79,7 +93,63 @@ impl Process {
             messages: None,
             backoff: Backoff::default(),
             not_before: None,
+            store,
         }
+    }
+
+    /// The descriptor on which it stores descriptors.
+    pub(super) fn store(&self) -> Option<BorrowedFd<'_>> {
+        self.store.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Takes what it has stored and said.
+    pub(super) fn drain_store(&mut self) {
+        let pid = self.pid();
+        let Some(store) = &mut self.store else {
+            return;
+        };
+        let News { ready } = store.drain(pid);
+        if let Some(running) = &mut self.running {
+            running.ready |= ready;
+        }
+    }
+
+    /// Forgets what it has stored, for good.
+    pub(super) fn clear_store(&mut self) {
+        if let Some(store) = &mut self.store {
+            store.clear();
+        }
+    }
+
+    /// Whether it has said that it is ready.
+    pub(super) fn is_ready(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.ready)
+    }
+
+    /// Whether its last start was in vain.
+    pub(super) fn has_failed(&self) -> bool {
+        self.running.is_none() && self.not_before.is_some()
+    }
+
+    /// Which program is started.
+    pub(super) fn path(&self) -> &Path {
+        &self.launch.program
+    }
+
+    /// Starts another program from now on, and the next time without delay.
+    pub(super) fn replace_program(&mut self, program: PathBuf) {
+        self.launch.program = program;
+        self.backoff = Backoff::default();
+        self.not_before = None;
+    }
+
+    /// Starts `program` beside the running process, with all that this one has stored.
+    pub(super) fn check(&self, program: &Path) -> anyhow::Result<(Child, PipeReader)> {
+        let mut command = Command::new(program);
+        command.arg("--check-recovery");
+        let passed = self.store.as_ref().map(Passed::new).transpose()?;
+        spawn(command, Vec::new(), passed)
+            .with_context(|| format!("cannot start {}", program.display()))
     }
 
     pub(super) fn program(&self) -> &str {
@@ -100,6 +170,8 @@ impl Process {
         let running = self.running.as_mut()?;
         let status = running.child.try_wait().ok().flatten()?;
         let lived = running.since.elapsed();
+        // While it is known by its number: what it has stored before it died.
+        self.drain_store();
         self.relay();
         (self.running, self.messages) = (None, None);
         self.postpone(lived);
@@ -138,22 +210,13 @@ impl Process {
         if let Some(rpc) = &self.launch.stale_rpc {
             sockets::clean_rpc(rpc);
         }
-        let (reader, writer) = pipe()?;
-        fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let (mut command, inherited) = self.command()?;
-        command
-            .stdin(Stdio::null())
-            .stdout(writer.try_clone()?)
-            .stderr(writer)
-            .process_group(0);
         if let Some(user) = &self.launch.user {
             command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
         }
-        let parent = Pid::this();
-        let kept: Vec<RawFd> = inherited.iter().filter_map(Reach::descriptor).collect();
-        // SAFETY: the closure only makes system calls, and reads integers and the list that were made before the fork.
-        unsafe { command.pre_exec(move || prepare(parent, &kept)) };
-        let child = command.spawn()?;
+        let kept = inherited.iter().filter_map(Reach::descriptor).collect();
+        let passed = self.store.as_ref().map(Passed::new).transpose()?;
+        let (child, reader) = spawn(command, kept, passed)?;
         self.messages = Some(Messages {
             pipe: reader,
             line: Vec::new(),
@@ -161,6 +224,7 @@ impl Process {
         self.running = Some(Running {
             child,
             since: Instant::now(),
+            ready: false,
         });
         Ok(())
     }
@@ -223,6 +287,29 @@ impl Process {
     pub(super) fn say(&self, text: &str) {
         write_line("up", format!("{}: {text}", self.program()).as_bytes());
     }
+}
+
+/// Starts a process in a group of its own; gives it and the end of a pipe with its messages.
+fn spawn(
+    mut command: Command,
+    kept: Vec<RawFd>,
+    mut passed: Option<Passed>,
+) -> anyhow::Result<(Child, PipeReader)> {
+    let (reader, writer) = pipe()?;
+    fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    command
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone()?)
+        .stderr(writer)
+        .process_group(0);
+    let parent = Pid::this();
+    let prepare = move || {
+        prepare(parent, &kept)?;
+        passed.as_mut().map_or(Ok(()), Passed::install)
+    };
+    // SAFETY: this process has one thread, so that the new one finds every lock free, that of the allocator too.
+    unsafe { command.pre_exec(prepare) };
+    Ok((command.spawn()?, reader))
 }
 
 /// Runs in the new process: takes signals again, ends with its parent, keeps the files that it has to inherit.

@@ -10,6 +10,7 @@ use ferry_shared::handshake::SOCKET_NAME;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::probe::dial;
+use super::upgrade;
 
 /// Removes what both processes may have left.
 pub(super) fn clean(run_dir: &Path, rpc: &Path) {
@@ -17,7 +18,9 @@ pub(super) fn clean(run_dir: &Path, rpc: &Path) {
     let Some(_lock) = File::open(run_dir).ok().and_then(lock) else {
         return;
     };
-    remove_socket(&run_dir.join(SOCKET_NAME));
+    for name in [SOCKET_NAME, upgrade::SOCKET] {
+        remove_socket(&run_dir.join(name));
+    }
     for dir in ["pci", "vhost"].map(|name| run_dir.join(name)) {
         let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
         entries

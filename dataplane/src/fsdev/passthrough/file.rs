@@ -30,22 +30,8 @@ fn expect_regular(kind: u32) -> Result<(), Errno> {
     }
 }
 
-/// Removes set-user-ID and set-group-ID as a write by an unprivileged process does. The service itself has the capability
-/// that keeps them; file capabilities are removed by the kernel for everyone.
-fn strip_privileges(fd: i32) -> Result<(), Errno> {
-    let mode = u32::from(sys::stat_fd(fd)?.stx_mode);
-    let mut kill = mode & libc::S_ISUID;
-    if mode & libc::S_IXGRP != 0 {
-        kill |= mode & libc::S_ISGID;
-    }
-    if kill != 0 && mode & libc::S_IFMT == libc::S_IFREG {
-        sys::chmod(fd, mode & !kill)?;
-    }
-    Ok(())
-}
-
 /// The largest offset that the host's kernel takes.
-const MAX_OFFSET: u64 = i64::MAX as u64;
+pub(super) const MAX_OFFSET: u64 = i64::MAX as u64;
 
 fn check_range(offset: u64, len: u64) -> Result<(), Errno> {
     match offset.checked_add(len) {
@@ -55,6 +41,25 @@ fn check_range(offset: u64, len: u64) -> Result<(), Errno> {
 }
 
 impl Passthrough {
+    /// Removes set-user-ID and set-group-ID as a write by an unprivileged process does. The service itself has the
+    /// capability that keeps them; file capabilities are removed by the kernel for everyone.
+    ///
+    /// A file that its group cannot execute loses set-group-ID only to who is not in the group. Nobody tells us the
+    /// caller's groups, so whoever needs no group to write counts as outside, unless the file is of its first group.
+    pub(super) fn strip_privileges(&self, caller: &Caller<'_>, fd: i32) -> Result<(), Errno> {
+        let stat = sys::stat_fd(fd)?;
+        let mode = u32::from(stat.stx_mode);
+        let member = self.spec.export.map_gid.to_guest(stat.stx_gid) == caller.gid;
+        let mut kill = mode & libc::S_ISUID;
+        if mode & libc::S_IXGRP != 0 || (mode & libc::S_IWOTH != 0 && !member) {
+            kill |= mode & libc::S_ISGID;
+        }
+        if kill != 0 && mode & libc::S_IFMT == libc::S_IFREG {
+            sys::chmod(fd, mode & !kill)?;
+        }
+        Ok(())
+    }
+
     /// The guest's flags as the host gets them.
     fn host_flags(&self, flags: i32) -> Result<i32, Errno> {
         let mut access = flags & libc::O_ACCMODE;
@@ -82,13 +87,19 @@ impl Passthrough {
     }
 
     /// Opens the regular file behind `fd` as the guest wants it.
-    fn open_regular(&self, fd: i32, flags: u32, open_flags: u32) -> Result<Fd, Errno> {
+    fn open_regular(
+        &self,
+        caller: &Caller<'_>,
+        fd: i32,
+        flags: u32,
+        open_flags: u32,
+    ) -> Result<Fd, Errno> {
         let guest = flags as i32;
         let mut host = self.host_flags(guest)?;
         if guest & libc::O_TRUNC != 0 && self.has(FUSE_ATOMIC_O_TRUNC) {
             host |= libc::O_TRUNC;
             if open_flags & FUSE_OPEN_KILL_SUIDGID != 0 {
-                strip_privileges(fd)?;
+                self.strip_privileges(caller, fd)?;
             }
         }
         match self.inodes.with_fds(|| sys::reopen(fd, host)) {
@@ -167,7 +178,7 @@ impl Passthrough {
         self.demand(caller, node.fd(), wanted)?;
         // A truncated file must not be left behind with an error.
         let place = self.handles.reserve()?;
-        let fd = self.open_regular(node.fd(), flags, open_flags)?;
+        let fd = self.open_regular(caller, node.fd(), flags, open_flags)?;
         self.publish(fd, nodeid, flags, session, place)
     }
 
@@ -360,7 +371,7 @@ impl Passthrough {
         let agreed = self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2);
         let unasked = agreed && self.is_squashed(caller);
         if always || unasked || arg.write_flags & FUSE_WRITE_KILL_SUIDGID != 0 {
-            strip_privileges(file.fd())?;
+            self.strip_privileges(caller, file.fd())?;
         }
         let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
         self.settle_direct(&file, arg.offset, src.first(arg.size as usize), cached)?;
@@ -433,11 +444,13 @@ impl Passthrough {
         })
     }
 
-    /// For operations that change a file's content and have no flag for this: FUSE leaves the decision to the server.
+    /// For operations that change a file's content and have no flag for this: FUSE leaves the decision to the server. A
+    /// guest that does not say who asks has asked for it before, with a SETATTR of nothing.
     fn strip_for(&self, caller: &Caller<'_>, file: &OpenFile<'_>) -> Result<(), Errno> {
-        let may_keep = caller.uid == 0 && !self.is_squashed(caller);
+        let untold = caller.uid == FUSE_INVALID_UIDGID && self.has(FUSE_ALLOW_IDMAP);
+        let may_keep = untold || caller.uid == 0 && !self.is_squashed(caller);
         if !may_keep && self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2) {
-            strip_privileges(file.fd())?;
+            self.strip_privileges(caller, file.fd())?;
         }
         Ok(())
     }
@@ -479,93 +492,6 @@ impl Passthrough {
         Ok(arg.events & ready as u32)
     }
 
-    pub(super) fn do_getlk(&self, nodeid: u64, arg: &fuse_lk_in) -> Result<fuse_file_lock, Errno> {
-        let file = self.handles.file(arg.fh, nodeid)?;
-        let wanted = lock::to_range(&arg.lk)?;
-        if wanted.kind == libc::F_UNLCK {
-            return Err(Errno::EINVAL);
-        }
-        let found = self.locks.get(nodeid, arg.owner, wanted, file.fd())?;
-        if found.kind == libc::F_UNLCK {
-            return Ok(fuse_file_lock {
-                type_: libc::F_UNLCK as u32,
-                ..arg.lk
-            });
-        }
-        let end = match found.len {
-            0 => MAX_OFFSET,
-            len => found.start.saturating_add(len).saturating_sub(1) as u64,
-        };
-        Ok(fuse_file_lock {
-            start: found.start as u64,
-            end,
-            type_: found.kind as u32,
-            pid: found.pid.max(0) as u32,
-        })
-    }
-
-    pub(super) fn do_setlk(&self, nodeid: u64, arg: &fuse_lk_in) -> Result<(), Errno> {
-        let session = self.session()?;
-        let file = self.handles.any(arg.fh, nodeid)?;
-        let wanted = lock::to_range(&arg.lk)?;
-        if arg.lk_flags & FUSE_LK_FLOCK != 0 {
-            return self.do_flock(&file, wanted.kind);
-        }
-        if file.handle().has(handle::DIR) {
-            return Err(Errno::EBADF);
-        }
-        let open = || {
-            let node = self.inodes.get(nodeid)?;
-            match self
-                .inodes
-                .with_fds(|| sys::reopen(node.fd(), libc::O_RDWR))
-            {
-                // A read-only export, or a program that is running: reading is enough for a read lock.
-                Err(_) => self
-                    .inodes
-                    .with_fds(|| sys::reopen(node.fd(), libc::O_RDONLY)),
-                opened => opened,
-            }
-        };
-        if wanted.kind != libc::F_UNLCK {
-            file.handle().set(handle::LOCKED);
-        }
-        self.locks.set(nodeid, arg, wanted, open)?;
-        if self.has_ended(session) {
-            self.locks.drop_owner(nodeid, arg.owner);
-            return Err(Errno::ENOTCONN);
-        }
-        Ok(())
-    }
-
-    fn do_flock(&self, file: &OpenFile<'_>, kind: i32) -> Result<(), Errno> {
-        match kind {
-            libc::F_UNLCK => {
-                sys::flock(file.fd(), libc::LOCK_UN)?;
-                lock::released();
-                Ok(())
-            }
-            kind => {
-                file.handle().set(handle::FLOCKED);
-                let exclusive = kind == libc::F_WRLCK;
-                // Converting a lock drops the old one first, even when the new one is refused.
-                let done = sys::flock(
-                    file.fd(),
-                    if exclusive {
-                        libc::LOCK_EX
-                    } else {
-                        libc::LOCK_SH
-                    },
-                );
-                lock::released();
-                if done.is_ok() {
-                    file.keep_locked();
-                }
-                done
-            }
-        }
-    }
-
     pub(super) fn do_getattr(&self, nodeid: u64, fh: Option<u64>) -> Result<fuse_attr_out, Errno> {
         let stat = match fh {
             Some(fh) => sys::stat_fd(self.handles.any(fh, nodeid)?.fd())?,
@@ -577,6 +503,7 @@ impl Passthrough {
     /// Gives a truncated file its new size through the guest's handle, or through one of our own.
     pub(super) fn resize(
         &self,
+        caller: &Caller<'_>,
         nodeid: u64,
         fh: Option<u64>,
         arg: &fuse_setattr_in,
@@ -598,7 +525,7 @@ impl Passthrough {
             opened.raw()
         };
         if arg.valid & FATTR_KILL_SUIDGID != 0 {
-            strip_privileges(fd)?;
+            self.strip_privileges(caller, fd)?;
         }
         sys::truncate(fd, arg.size)
     }

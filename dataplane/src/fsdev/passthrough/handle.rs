@@ -226,22 +226,26 @@ impl Handles {
             handle.position.store(UNKNOWN, Relaxed);
             handle.listing.store(0, Relaxed);
             self.inodes.count_open(handle.nodeid.load(Relaxed), true);
-            if handle.has(KEPT) {
-                match self.vault.take(Kind::Handle, pin.id()) {
-                    Some(fd) if pin.install(fd.raw()) => {
-                        fd.into_raw();
-                    }
-                    _ => handle.clear(KEPT),
-                }
-            }
             if handle.has(FLOCKED) && pin.fd().is_none() {
                 tracing::warn!(
                     nodeid = handle.nodeid.load(Relaxed),
                     "an flock lock of a guest is lost with the restart: the service manager has not kept its file"
                 );
-                handle.clear(FLOCKED);
+                handle.clear(FLOCKED | KEPT);
             }
         }
+    }
+
+    /// Takes back a locked file; `false` when there is no such file.
+    pub(super) fn take_back(&self, id: u64, fd: Fd) -> bool {
+        let Ok(pin) = self.table.pin_quietly(id) else {
+            return false;
+        };
+        pin.record().set(KEPT);
+        if pin.install(fd.raw()) {
+            fd.into_raw();
+        }
+        true
     }
 
     /// Opens a file of an earlier process again.

@@ -13,8 +13,9 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use ferry_shared::errno::Errno;
 use zerocopy::FromBytes;
 
-use super::sys::{self, Fd, RangeLock};
+use super::sys::{self, Fd, FileId, RangeLock};
 use super::vault::{Kind, Vault};
+use super::{deadlock, fdinfo};
 use crate::fsdev::table::{Pinned, Record, Slot, Table};
 use crate::fuse::abi::{fuse_file_lock, fuse_lk_in};
 use crate::recovery::placed::Placed;
@@ -89,10 +90,14 @@ pub(super) fn to_range(lock: &fuse_file_lock) -> Result<RangeLock, Errno> {
     })
 }
 
+/// Numbers the devices of this process.
+static DEVICES: AtomicU64 = AtomicU64::new(0);
+
 /// All lock owners of a device.
 pub(super) struct Locks {
     table: Table<Owner>,
     vault: Vault,
+    number: u64,
 }
 
 impl Locks {
@@ -100,7 +105,17 @@ impl Locks {
     pub(super) fn new(slots: Placed<Slot<Owner>>, vault: Vault) -> Result<Locks, Errno> {
         let buckets = u32::try_from(slots.len()).unwrap_or(u32::MAX);
         let table = Table::over(slots, buckets).ok_or(Errno::ENOMEM)?;
-        Ok(Locks { table, vault })
+        let number = DEVICES.fetch_add(1, Relaxed);
+        Ok(Locks {
+            table,
+            vault,
+            number,
+        })
+    }
+
+    /// The device's number in this process.
+    pub(super) fn number(&self) -> u64 {
+        self.number
     }
 
     /// Goes on with the owners of an earlier process. Those whose descriptions are gone have lost their locks.
@@ -111,25 +126,31 @@ impl Locks {
             let Some(pin) = self.table.pin_index(index) else {
                 continue;
             };
-            let owner = pin.record();
-            let kept = owner.kept.load(Relaxed) != 0;
-            match self.vault.take(Kind::Owner, pin.id()).filter(|_| kept) {
-                Some(fd) if pin.install(fd.raw()) => {
-                    fd.into_raw();
-                }
-                _ => {
-                    // One that was never kept was never granted a lock that the guest has heard of.
-                    if kept {
-                        tracing::warn!(
-                            nodeid = owner.nodeid.load(Relaxed),
-                            "the POSIX locks of an owner in a guest are lost with the restart: the service manager has not kept \
-                             their description"
-                        );
-                    }
-                    self.end(&pin);
-                }
+            if pin.fd().is_some() {
+                continue;
             }
+            // One that was never kept was never granted a lock that the guest has heard of.
+            if pin.record().kept.load(Relaxed) != 0 {
+                tracing::warn!(
+                    nodeid = pin.record().nodeid.load(Relaxed),
+                    "the POSIX locks of an owner in a guest are lost with the restart: the service manager has not kept \
+                     their description"
+                );
+            }
+            self.end(&pin);
         }
+    }
+
+    /// Takes back the description of an owner; `false` when there is no such owner.
+    pub(super) fn take_back(&self, id: u64, fd: Fd) -> bool {
+        let Ok(pin) = self.table.pin_quietly(id) else {
+            return false;
+        };
+        pin.record().kept.store(1, Relaxed);
+        if pin.install(fd.raw()) {
+            fd.into_raw();
+        }
+        true
     }
 
     /// Ends an owner.
@@ -217,6 +238,7 @@ impl Locks {
         {
             kept.store(1, Relaxed);
         }
+        deadlock::taken();
         Ok(())
     }
 
@@ -233,7 +255,8 @@ impl Locks {
         }
     }
 
-    /// The lock in the way of `lock`, or one with `F_UNLCK`. `fd` is a description that holds no range locks.
+    /// The lock in the way of `lock`, or one with `F_UNLCK`. `fd` is a description that holds no range locks. Its process
+    /// is one of this guest; 0 stands for any other, whose number would mean nothing here.
     pub(super) fn get(
         &self,
         nodeid: u64,
@@ -244,28 +267,53 @@ impl Locks {
         let own = self.find(nodeid, owner);
         let fd = own.as_ref().and_then(Pinned::fd).unwrap_or(fd);
         let mut found = sys::get_range_lock(fd, lock)?;
-        if found.kind != libc::F_UNLCK && found.pid < 0 {
-            found.pid = self.other_pid(nodeid, owner);
+        if found.kind != libc::F_UNLCK {
+            found.pid = self.pid_behind(nodeid, owner, &found);
         }
         Ok(found)
     }
 
-    /// The guest's process behind the only other owner of an inode; 0 when it is not certain which one it is.
-    fn other_pid(&self, nodeid: u64, owner: u64) -> i32 {
+    /// The guest's process that holds exactly this lock; 0 when there is none.
+    fn pid_behind(&self, nodeid: u64, owner: u64, lock: &RangeLock) -> i32 {
         let mut pid = 0;
-        for index in self.table.indexes() {
-            let Some(other) = self.table.pin_index(index) else {
-                continue;
-            };
-            let other = other.record();
-            if other.nodeid.load(Relaxed) == nodeid && other.owner.load(Relaxed) != owner {
-                if pid != 0 {
-                    return 0;
+        self.each(|other, fd| {
+            if pid != 0 || other.nodeid.load(Relaxed) != nodeid || other.is(nodeid, owner) {
+                return;
+            }
+            fdinfo::locks_of(fd, |held| {
+                if (held.kind, held.start, held.len) == (lock.kind, lock.start, lock.len) {
+                    pid = other.pid.load(Relaxed);
                 }
-                pid = other.pid.load(Relaxed);
+            });
+        });
+        pid
+    }
+
+    /// Calls `visit` with every owner that holds a lock of this file in the way of `lock`.
+    pub(super) fn holders(&self, file: FileId, lock: &RangeLock, mut visit: impl FnMut(u64)) {
+        self.each(|owner, fd| {
+            if FileId::of(fd) != Ok(file) {
+                return;
+            }
+            let mut in_the_way = false;
+            fdinfo::locks_of(fd, |held| in_the_way |= held.conflicts(lock));
+            if in_the_way {
+                visit(owner.owner.load(Relaxed));
+            }
+        });
+    }
+
+    fn each(&self, mut visit: impl FnMut(&Owner, i32)) {
+        if self.table.live() == 0 {
+            return;
+        }
+        for index in self.table.indexes() {
+            if let Some(pin) = self.table.pin_index(index)
+                && let Some(fd) = pin.fd()
+            {
+                visit(pin.record(), fd);
             }
         }
-        pid
     }
 
     /// Drops all locks of an owner on an inode.

@@ -15,13 +15,26 @@ const FS_IOC32_SETFLAGS: u32 = 0x4004_6602;
 const FS_IOC32_GETVERSION: u32 = 0x8004_7601;
 const FS_IOC_FSGETXATTR: u32 = 0x801c_581f;
 const FS_IOC_FSSETXATTR: u32 = 0x401c_5820;
+const FS_IOC_FIEMAP: u32 = 0xc020_660b;
 const FIBMAP: u32 = 1;
 const FIGETBSZ: u32 = 2;
+
+/// What SETATTR can be asked to change.
+const CHANGES: u32 = FATTR_MODE
+    | FATTR_UID
+    | FATTR_GID
+    | FATTR_SIZE
+    | FATTR_ATIME
+    | FATTR_MTIME
+    | FATTR_ATIME_NOW
+    | FATTR_MTIME_NOW;
 
 /// What an ioctl moves.
 struct Ioctl {
     /// As the host's kernel knows it.
     host: u32,
+    /// It changes the inode.
+    changes: bool,
     /// Bytes that the kernel reads.
     input: usize,
     /// Bytes that it gives back.
@@ -30,16 +43,22 @@ struct Ioctl {
 
 /// The commands that are passed on. The kernel moves 4 bytes for flags and versions, whatever the encoded size says.
 fn known_ioctl(command: u32) -> Option<Ioctl> {
+    let changes = matches!(
+        command,
+        FS_IOC_SETFLAGS | FS_IOC32_SETFLAGS | FS_IOC_FSSETXATTR
+    );
     let (host, input, output) = match command {
         FS_IOC_GETFLAGS | FS_IOC32_GETFLAGS => (FS_IOC_GETFLAGS, 0, 4),
         FS_IOC_SETFLAGS | FS_IOC32_SETFLAGS => (FS_IOC_SETFLAGS, 4, 0),
         FS_IOC_GETVERSION | FS_IOC32_GETVERSION => (FS_IOC_GETVERSION, 0, 4),
         FS_IOC_FSGETXATTR => (command, 0, 28),
         FS_IOC_FSSETXATTR => (command, 28, 0),
+        FS_IOC_FIEMAP => (command, 32, 32),
         _ => return None,
     };
     Some(Ioctl {
         host,
+        changes,
         input,
         output,
     })
@@ -76,6 +95,11 @@ impl Passthrough {
             self.demand(caller, node.fd(), libc::W_OK)?;
         }
         let squashed = self.act_if_squashed(caller)?;
+        // What is left of a change that clears set-user-ID and no more: before a guest's process without the right to keep
+        // it changes the content, and for a chown to nobody in particular.
+        if arg.valid & CHANGES == 0 && self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2) {
+            self.strip_privileges(caller, node.fd())?;
+        }
         if arg.valid & (FATTR_UID | FATTR_GID) != 0 {
             let given = |flag: u32, id: u32| (arg.valid & flag != 0).then_some(id);
             let (uid, gid) =
@@ -89,7 +113,7 @@ impl Passthrough {
         if arg.valid & FATTR_SIZE != 0 {
             // Its right to do so has been looked at; taking set-user-ID away needs more than that.
             drop(squashed);
-            self.resize(nodeid, fh, arg)?;
+            self.resize(caller, nodeid, fh, arg)?;
         }
         // A guest that caches writes also reports its change time, which is the host's to keep.
         if arg.valid & (FATTR_ATIME | FATTR_MTIME | FATTR_ATIME_NOW | FATTR_MTIME_NOW) != 0 {
@@ -149,6 +173,9 @@ impl Passthrough {
         if mask & libc::W_OK as u32 != 0 && inodes.contains(&node.kind()) {
             self.expect_writable()?;
         }
+        if caller.uid == FUSE_INVALID_UIDGID && self.has(FUSE_ALLOW_IDMAP) {
+            return sys::access(node.fd(), mask);
+        }
         let _caller = self.act_as(caller, 0)?;
         sys::access(node.fd(), mask)
     }
@@ -200,7 +227,7 @@ impl Passthrough {
         out: &mut [u8],
     ) -> Result<(fuse_ioctl_out, usize), Errno> {
         let known = known_ioctl(arg.cmd).ok_or(Errno::ENOTTY)?;
-        if known.input != 0 {
+        if known.changes {
             self.expect_writable()?;
         }
         let file = self.handles.any(arg.fh, nodeid)?;
@@ -208,6 +235,10 @@ impl Passthrough {
         let given = input.get(..known.input).ok_or(Errno::EINVAL)?;
         for (to, from) in data.iter_mut().zip(given) {
             *to = *from;
+        }
+        // A guest gives room for what the command's number says, and for no list of extents behind it.
+        if known.host == FS_IOC_FIEMAP && data.get(24..28) != Some(&[0; 4]) {
+            return Err(Errno::EOPNOTSUPP);
         }
         let out = out.get_mut(..known.output).ok_or(Errno::EINVAL)?;
         let _caller = self.act_if_squashed(caller)?;

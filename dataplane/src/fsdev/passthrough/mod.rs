@@ -18,7 +18,9 @@
 //! out as the host's kernel would make them.
 
 mod attr;
+mod deadlock;
 mod dir;
+mod fdinfo;
 mod file;
 mod handle;
 mod home;
@@ -26,6 +28,7 @@ mod identity;
 mod ids;
 mod inode;
 mod lock;
+mod locking;
 mod meta;
 mod mounts;
 mod names;
@@ -42,14 +45,14 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use core::sync::atomic::fence;
 
 use ferry_shared::errno::Errno;
-use ferry_shared::export::Cache;
+use ferry_shared::export::{Cache, Squash};
 use ferry_shared::msg::{AioSpec, Failure, Placement};
 
 use self::handle::Handles;
 use self::home::Home;
 use self::inode::{InodeHome, Inodes};
 use self::lock::Locks;
-use self::vault::Vault;
+use self::vault::{Kind, Vault};
 use super::{Caller, DirSink, FsDev, IoOp, IoResult, Negotiated, Offer, Pin};
 use crate::fuse::abi::*;
 use crate::mem::Segments;
@@ -87,7 +90,7 @@ impl Default for Capacity {
 /// A directory as a file-system device.
 pub struct Passthrough {
     // Dropped in this order: locks and handles belong to inodes.
-    locks: Locks,
+    locks: Arc<Locks>,
     handles: Handles,
     inodes: Arc<Inodes>,
     /// INIT flags of the mount.
@@ -170,8 +173,10 @@ impl Passthrough {
         };
         let inodes = Inodes::new(root, inode_home, hot, vault.clone()).map_err(failed)?;
         let inodes = Arc::new(inodes);
+        let locks = Arc::new(Locks::new(home.owners, vault.clone()).map_err(failed)?);
+        deadlock::enlist(&locks);
         let device = Passthrough {
-            locks: Locks::new(home.owners, vault.clone()).map_err(failed)?,
+            locks,
             handles: Handles::new(home.handles, &inodes, vault.clone()).map_err(failed)?,
             inodes,
             granted: AtomicU64::new(0),
@@ -186,9 +191,19 @@ impl Passthrough {
                 core::mem::forget(device);
                 return Err(failed(errno));
             }
+            for (kind, id, fd) in vault.take_all() {
+                let known = match kind {
+                    Kind::Inode => device.inodes.take_back(id, fd),
+                    Kind::Handle => device.handles.take_back(id, fd),
+                    Kind::Owner => device.locks.take_back(id, fd),
+                };
+                if !known {
+                    vault.remove(kind, id);
+                }
+            }
+            device.inodes.sweep();
             device.handles.take_over();
             device.locks.take_over();
-            vault.discard_rest();
         }
         Ok(device)
     }
@@ -280,6 +295,10 @@ impl FsDev for Passthrough {
         if self.spec.enable_writeback_cache {
             flags |= FUSE_WRITEBACK_CACHE;
         }
+        // With it, most requests do not say who asks, so nobody could be squashed.
+        if self.spec.export.squash == Squash::None {
+            flags |= FUSE_ALLOW_IDMAP;
+        }
         Offer {
             flags,
             max_write: self.spec.max_xfer_size,
@@ -304,6 +323,7 @@ impl FsDev for Passthrough {
         self.session.update(Relaxed, Relaxed, next);
         // Pairs with the fence in `has_ended`.
         fence(SeqCst);
+        deadlock::end_all(&self.locks);
         self.locks.clear();
         self.handles.clear();
         self.inodes.clear();
@@ -325,6 +345,10 @@ impl FsDev for Passthrough {
 
     fn lock_epoch(&self) -> u64 {
         lock::epoch()
+    }
+
+    fn wait_ended(&self, unique: u64) {
+        deadlock::end(&self.locks, unique);
     }
 
     fn unpin(&self, pin: Pin, _op: IoOp, _result: i32) {
@@ -571,12 +595,12 @@ impl FsDev for Passthrough {
 
     fn setlk(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         nodeid: u64,
         arg: &fuse_lk_in,
-        _wait: bool,
+        wait: bool,
     ) -> Result<(), Errno> {
-        self.do_setlk(nodeid, arg)
+        self.do_setlk(caller, nodeid, arg, wait)
     }
 
     fn access(&self, caller: &Caller<'_>, nodeid: u64, mask: u32) -> Result<(), Errno> {

@@ -74,8 +74,16 @@ pub(super) struct ProcPath([u8; 32]);
 
 impl ProcPath {
     pub(super) fn new(fd: i32) -> ProcPath {
+        ProcPath::below(b"/proc/self/fd/", fd)
+    }
+
+    /// `/proc/self/fdinfo/N`: what the kernel tells about the descriptor.
+    pub(super) fn info(fd: i32) -> ProcPath {
+        ProcPath::below(b"/proc/self/fdinfo/", fd)
+    }
+
+    fn below(prefix: &[u8], fd: i32) -> ProcPath {
         let mut path = [0u8; 32];
-        let prefix = b"/proc/self/fd/";
         let mut digits = [0u8; 10];
         let mut first = digits.len();
         let mut rest = fd.unsigned_abs();
@@ -181,6 +189,23 @@ pub(super) fn stat_fd(fd: i32) -> Result<Stat, Errno> {
 pub(super) fn stat_fd_with(fd: i32, sync: u32, mask: u32) -> Result<Stat, Errno> {
     let sync = sync as i32 & (libc::AT_STATX_FORCE_SYNC | libc::AT_STATX_DONT_SYNC);
     statx(fd, EMPTY, libc::AT_EMPTY_PATH | sync, mask)
+}
+
+/// What tells a file of this machine from any other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FileId {
+    dev: (u32, u32),
+    ino: u64,
+}
+
+impl FileId {
+    pub(super) fn of(fd: i32) -> Result<FileId, Errno> {
+        let stat = stat_fd(fd)?;
+        Ok(FileId {
+            dev: (stat.stx_dev_major, stat.stx_dev_minor),
+            ino: stat.stx_ino,
+        })
+    }
 }
 
 /// A kernel file handle.
@@ -386,6 +411,22 @@ pub(super) struct RangeLock {
     pub(super) len: i64,
     /// Process that holds it, -1 for a description.
     pub(super) pid: i32,
+}
+
+impl RangeLock {
+    /// The last byte of it.
+    fn last(&self) -> i64 {
+        match self.len {
+            0 => i64::MAX,
+            len => self.start.saturating_add(len).saturating_sub(1),
+        }
+    }
+
+    /// Whether two owners cannot have these at once.
+    pub(super) fn conflicts(&self, other: &RangeLock) -> bool {
+        let meet = self.start <= other.last() && other.start <= self.last();
+        meet && (self.kind == libc::F_WRLCK || other.kind == libc::F_WRLCK)
+    }
 }
 
 fn range_lock(fd: i32, command: i32, lock: RangeLock) -> Result<RangeLock, Errno> {

@@ -8,6 +8,7 @@
 use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use std::os::fd::{BorrowedFd, IntoRawFd};
 
 use super::sys::Fd;
@@ -80,18 +81,19 @@ impl Vault {
         }
     }
 
-    /// Takes a descriptor that an earlier process has kept.
-    pub(super) fn take(&self, kind: Kind, id: u64) -> Option<Fd> {
-        let fd = self.store.as_ref()?.take(&self.name(kind, id))?;
-        Some(Fd::from_raw(fd.into_raw_fd()))
-    }
-
-    /// Gives up everything that an earlier process has kept and nobody has taken.
-    pub(super) fn discard_rest(&self) {
-        if let Some(store) = &self.store {
-            for (name, _) in store.take_prefix(&self.prefix) {
-                store.remove(&name);
-            }
-        }
+    /// Takes everything that an earlier process has kept.
+    pub(super) fn take_all(&self) -> Vec<(Kind, u64, Fd)> {
+        let Some(store) = &self.store else {
+            return Vec::new();
+        };
+        let all = store.take_prefix(&self.prefix).into_iter();
+        all.filter_map(|(name, fd)| {
+            let rest = name.strip_prefix(&self.prefix)?;
+            let kinds = [Kind::Inode, Kind::Handle, Kind::Owner];
+            let kind = kinds.into_iter().find(|k| rest.starts_with(k.letter()))?;
+            let id = u64::from_str_radix(rest.get(1..)?, 16).ok()?;
+            Some((kind, id, Fd::from_raw(fd.into_raw_fd())))
+        })
+        .collect()
     }
 }

@@ -133,34 +133,36 @@ impl Inodes {
             inode.opens.store(0, Relaxed);
             Some(inode.key().hash())
         });
+        Ok(())
+    }
+
+    /// Takes back the descriptor of an inode without a name; `false` when there is no such inode.
+    pub(in crate::fsdev::passthrough) fn take_back(&self, id: u64, fd: Fd) -> bool {
+        let (Ok(pin), Ok(stat)) = (self.table.pin_quietly(id), sys::stat_fd(fd.raw())) else {
+            return false;
+        };
+        let (now, then) = (Key::of(&stat), pin.record().key());
+        if (now.dev, now.ino) != (then.dev, then.ino) {
+            return false;
+        }
+        pin.record().flags.fetch_or(KEPT, Relaxed);
+        if pin.install(fd.raw()) {
+            fd.into_raw();
+        }
+        true
+    }
+
+    /// Completes what the earlier process was about to do, and says what is lost.
+    pub(in crate::fsdev::passthrough) fn sweep(&self) {
         for index in self.table.indexes() {
             let Some(pin) = self.table.pin_index(index) else {
                 continue;
             };
-            let id = pin.id();
-            if id != FUSE_ROOT_ID && count_of(pin.record()) == 0 {
-                // The process ended while it forgot this one.
-                self.forget(id, 0);
-            } else if pin.record().flags.load(Relaxed) & KEPT != 0 {
-                self.take_kept(&pin);
-            }
-        }
-        Ok(())
-    }
-
-    fn take_kept(&self, pin: &Pinned<'_, Inode>) {
-        let right = |fd: &Fd| {
-            sys::stat_fd(fd.raw()).is_ok_and(|stat| {
-                let (now, then) = (Key::of(&stat), pin.record().key());
-                (now.dev, now.ino) == (then.dev, then.ino)
-            })
-        };
-        match self.vault.take(Kind::Inode, pin.id()).filter(right) {
-            Some(fd) if pin.install(fd.raw()) => {
-                fd.into_raw();
-            }
-            _ => {
-                self.lost(pin);
+            let inode = pin.record();
+            if pin.id() != FUSE_ROOT_ID && count_of(inode) == 0 {
+                self.forget(pin.id(), 0);
+            } else if inode.flags.load(Relaxed) & KEPT != 0 && pin.fd().is_none() {
+                self.lost(&pin);
             }
         }
     }

@@ -1,0 +1,4 @@
+//! libFuzzer's entry to [`ferry_fuzz::rpc::stream`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| ferry_fuzz::rpc::stream(data));

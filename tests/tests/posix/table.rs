@@ -1,0 +1,159 @@
+//! `tests/POSIX.md`: what the suites came to, one section for each, one row for each export.
+
+use crate::matrix::{Row, Suite, TRANSPORTS};
+use crate::suites::SUITES;
+use anyhow::{Context, Result, bail, ensure};
+use ferry_tests::repository;
+use std::fs;
+use std::path::PathBuf;
+
+const HEAD: &str = "# The mount against the directory behind it
+
+Each suite ran on the export itself and on mounts of it through `ferry mount`. A test that comes to something else on a
+mount than on the export is a failure of the suite's test, so the columns of a row differ only where the mount does better.
+`FERRY_POSIX_FULL=1 FERRY_POSIX_TABLE=1 tools/test posix` writes this file.
+";
+const COLUMNS: &str = "| export | cache | write-back | directly | vfio-user | vhost-user |\n|---|---|---|---|---|---|\n";
+
+fn path() -> PathBuf {
+    repository().join("tests/POSIX.md")
+}
+
+fn heading(suite: &dyn Suite) -> String {
+    format!("\n## {}\n", suite.name())
+}
+
+fn row(row: &Row) -> String {
+    let export = row.export;
+    let mut line = format!("| {} |", cells(&export).join(" | "));
+    line.push_str(&format!(" {} |", row.direct));
+    for transport in TRANSPORTS {
+        let counts = row.mounts.get(&transport).map_or("not run", String::as_str);
+        line.push_str(&format!(" {counts} |"));
+    }
+    line.push('\n');
+    line
+}
+
+fn cells(export: &crate::matrix::Export) -> [String; 3] {
+    [
+        export.backing.to_string(),
+        export.cache.to_owned(),
+        if export.writeback { "on" } else { "off" }.to_owned(),
+    ]
+}
+
+/// The text of each suite's section, empty where there is none yet.
+fn sections(text: &str) -> Vec<(&'static dyn Suite, String)> {
+    SUITES
+        .into_iter()
+        .map(|suite| {
+            let body = text
+                .split_once(&heading(suite))
+                .map(|(_, rest)| rest.split("\n## ").next().unwrap_or_default())
+                .unwrap_or_default();
+            (suite, body.trim().to_owned())
+        })
+        .collect()
+}
+
+/// Replaces the section of one suite.
+pub(crate) fn rewrite(suite: &dyn Suite, rows: &[Row]) -> Result<()> {
+    let old = fs::read_to_string(path()).unwrap_or_default();
+    let mut text = HEAD.to_owned();
+    for (other, body) in sections(&old) {
+        let body = if other.name() == suite.name() {
+            let rows: String = rows.iter().map(row).collect();
+            format!("{}\n\n{COLUMNS}{}", suite.about(), rows.trim_end())
+        } else {
+            body
+        };
+        text.push_str(&format!("{}\n{body}\n", heading(other)));
+    }
+    fs::write(path(), text).context("write the table")
+}
+
+/// Whether a cell says how many tests passed, and nothing else than numbers.
+fn is_count(cell: &str) -> bool {
+    let mut parts = cell.split(", ").map(|part| part.split_once(' '));
+    let passed = parts.next().flatten();
+    let number = |text: &str| text.parse::<u32>().is_ok_and(|number| number > 0);
+    passed.is_some_and(|(count, what)| what == "passed" && number(count))
+        && parts.all(|part| {
+            part.is_some_and(|(count, what)| number(count) && ["failed", "skipped"].contains(&what))
+        })
+}
+
+fn check_section(suite: &dyn Suite, body: &str) -> Result<()> {
+    ensure!(
+        body.starts_with(&suite.about()),
+        "its text is not what the suite says about itself"
+    );
+    let Some((_, rows)) = body.split_once(COLUMNS) else {
+        bail!("it has no table with the usual columns");
+    };
+    let rows: Vec<Vec<&str>> = rows
+        .lines()
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    let named: Vec<[String; 3]> = rows
+        .iter()
+        .filter_map(|row| match row[..] {
+            [backing, cache, writeback, ..] => {
+                Some([backing.to_owned(), cache.to_owned(), writeback.to_owned()])
+            }
+            _ => None,
+        })
+        .collect();
+    let wanted: Vec<[String; 3]> = suite.exports().iter().map(cells).collect();
+    ensure!(
+        named == wanted,
+        "its rows are {named:?}, the suite runs on {wanted:?}"
+    );
+    for row in rows {
+        let counts = row.get(3..).unwrap_or_default();
+        ensure!(
+            counts.len() == 1 + TRANSPORTS.len() && counts.iter().all(|cell| is_count(cell)),
+            "the row {row:?} has not a count for each of its columns"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn the_table_has_a_row_with_numbers_for_every_suite_and_export_of_the_matrix() {
+    let text = fs::read_to_string(path()).unwrap();
+    assert!(text.starts_with(HEAD), "the head of the table is another");
+    assert_eq!(
+        text.matches("\n## ").count(),
+        SUITES.len(),
+        "the table has sections that are no suites"
+    );
+    for (suite, body) in sections(&text) {
+        check_section(suite, &body)
+            .with_context(|| format!("the section {} of {}", suite.name(), path().display()))
+            .unwrap();
+    }
+}
+
+#[test]
+fn counts_are_told_from_other_text() {
+    for good in [
+        "1 passed",
+        "40 passed, 2 failed",
+        "9 passed, 1 failed, 3 skipped",
+    ] {
+        assert!(is_count(good), "{good}");
+    }
+    for bad in [
+        "",
+        "not run",
+        "0 passed",
+        "passed",
+        "1 failed",
+        "3 passed, 2",
+        "3 passed, 0 failed",
+    ] {
+        assert!(!is_count(bad), "{bad}");
+    }
+}
