@@ -1,5 +1,6 @@
 //! A vhost-user device with a front end that says anything.
 
+use ferry_dataplane::keeper::Keeper;
 use ferry_dataplane::transport::Transport;
 use ferry_dataplane::transport::vhost_user::wire::Request;
 use ferry_shared::msg::Attach;

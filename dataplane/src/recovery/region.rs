@@ -35,6 +35,7 @@ const AT_MAGIC: usize = 0;
 const AT_VERSION: usize = 1;
 const AT_LAYOUT: usize = 2;
 const AT_GENERATION: usize = 3;
+const AT_SERIAL: usize = 4;
 
 /// Areas at a time.
 const ENTRIES: usize = 4096;
@@ -317,6 +318,14 @@ impl Region {
     /// The management thread's records, to be changed.
     pub fn cells_mut(&mut self) -> &mut RegionCells {
         &mut self.cells
+    }
+
+    /// A number that this has never given before, for names.
+    pub fn next_serial(&self) -> u64 {
+        let head = &self.inner.head;
+        let serial = head.load(AT_SERIAL).wrapping_add(1);
+        head.store(AT_SERIAL, serial);
+        serial
     }
 
     /// The names of all areas.

@@ -100,6 +100,8 @@ pub struct Passthrough {
     spec: AioSpec,
     /// The export is on a file system that can stall.
     remote: bool,
+    /// Where the tables lie, if they outlive the process.
+    area: Option<Area>,
 }
 
 impl Passthrough {
@@ -129,7 +131,18 @@ impl Passthrough {
     ) -> Result<Passthrough, Failure> {
         let vault = Vault::new(store, area.name());
         let home = Home::in_area(area, &capacity);
-        Passthrough::open(spec, capacity.hot_inodes, home, vault)
+        let device = Passthrough::open(spec, capacity.hot_inodes, home, vault)?;
+        Ok(Passthrough {
+            area: Some(area.clone()),
+            ..device
+        })
+    }
+
+    /// Nobody needs the tables any more: their memory goes with them.
+    pub fn discard(&self) {
+        if let Some(area) = &self.area {
+            area.discard();
+        }
     }
 
     fn open(
@@ -183,6 +196,7 @@ impl Passthrough {
             session: AtomicU64::new(0),
             spec: spec.clone(),
             remote,
+            area: None,
         };
         if !device.inodes.has_root() {
             let taken = open_root().and_then(|root| device.inodes.take_over(root, path));
