@@ -171,7 +171,7 @@ impl Keeper {
         let words = region
             .area(name)
             .and_then(|area| area.map_or_else(|| region.add_area(name, len), Ok))
-            .and_then(|area| area.place(0, count));
+            .and_then(|area| area.words(0, count));
         match words {
             Ok(words) => Some(words),
             Err(error) => {

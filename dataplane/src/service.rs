@@ -96,6 +96,10 @@ fn fsdev_key(name: &str) -> String {
     format!("fsdev/{name}")
 }
 
+fn session_name(id: DeviceId) -> String {
+    format!("session/{}", id.0)
+}
+
 fn device_key(id: DeviceId) -> String {
     format!("device/{}", id.0)
 }
@@ -326,12 +330,10 @@ impl Service {
             return refuse(Errno::EEXIST, format!("fsdev {} exists already", spec.name));
         }
         // One is made in any case: it is what finds out whether the export can be used.
-        let mut backend = Some(AnyFsDev::new(&spec)?);
+        drop(AnyFsDev::new(&spec)?);
         for device in self.devices.iter().filter(|d| d.spec.fsdev == spec.name) {
-            let backend = match backend.take() {
-                Some(backend) => backend,
-                None => AnyFsDev::new(&spec)?,
-            };
+            let name = device.id.0.to_string();
+            let (backend, _) = AnyFsDev::lasting(&spec, &name, &self.keeper)?;
             device.shared.set_backend(Some(Arc::new(backend)));
         }
         tracing::info!(fsdev = spec.name, "created");
@@ -353,6 +355,9 @@ impl Service {
             return refuse(Errno::EBUSY, detail);
         }
         for device in users() {
+            if let Some(backend) = device.shared.backend() {
+                backend.discard();
+            }
             device.shared.set_backend(None);
         }
         self.fsdevs.remove(name);
@@ -422,8 +427,14 @@ impl Service {
     /// Opens a device that has been checked, or goes on with it if a former process has left it.
     fn open(&mut self, id: DeviceId, spec: DeviceSpec, paused: bool) -> Result<(), Failure> {
         let adopted = self.keeper.load::<DeviceV1>(&device_key(id)).is_some();
-        let backend = match self.fsdevs.get(&spec.fsdev).map(AnyFsDev::new) {
-            Some(Ok(backend)) => Some(Arc::new(backend)),
+        let name = id.0.to_string();
+        let lasting = |fsdev| AnyFsDev::lasting(fsdev, &name, &self.keeper);
+        let mut goes_on = false;
+        let backend = match self.fsdevs.get(&spec.fsdev).map(lasting) {
+            Some(Ok((backend, there))) => {
+                goes_on = there;
+                Some(Arc::new(backend))
+            }
             Some(Err(failure)) if adopted => {
                 tracing::error!(
                     device = spec.name,
@@ -444,10 +455,15 @@ impl Service {
                 None
             }
         };
-        let shared = Arc::new(DeviceShared::new(
-            Session::new(spec.driver_platform),
-            backend,
-        ));
+        let record = self.keeper.words(&session_name(id), Session::RECORD);
+        let session = Session::recorded(spec.driver_platform, record);
+        match &backend {
+            Some(backend) if goes_on => backend.resume(&session),
+            // The tables are new, and what the record tells of has ended.
+            Some(_) => session.forget_record(),
+            None => {}
+        }
+        let shared = Arc::new(DeviceShared::new(session, backend));
         let poller = Arc::clone(&self.poller);
         let keeper = &self.keeper;
         let transport = match &spec.attach {
@@ -576,9 +592,11 @@ impl Service {
         let device = self.devices.remove(at);
         if let Some(backend) = device.shared.backend() {
             crate::reactor::Backend::reset(&*backend, &device.shared.session);
+            backend.discard();
         }
         self.cores.detach(device.id);
         self.keeper.forget(&device_key(device.id));
+        self.keeper.forget_words(&session_name(device.id));
         device.transport.forget();
         tracing::info!(device = device.spec.name, "closed");
     }
