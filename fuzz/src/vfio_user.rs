@@ -22,7 +22,8 @@ fn function() -> World {
         subsystem: 0x105a,
     };
     World::new(|socket, poller| {
-        Transport::open_vfio_user(&spec, DEVICE, &place, socket, poller, &Keeper::default())
+        let keeper = Keeper::default();
+        Transport::open_vfio_user(&spec, DEVICE, &place, socket, poller, &keeper)
     })
 }
 
