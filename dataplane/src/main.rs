@@ -8,16 +8,18 @@ use anyhow::Context;
 use clap::Parser;
 use ferry_dataplane::control::Control;
 use ferry_dataplane::cores::{
-    CoreOptions, CoreSet, DEFAULT_BUFFERS_PER_CORE, MIN_BUFFERS_PER_CORE, PollMode, core_memory,
+    CoreOptions, CoreSet, DEFAULT_BUFFERS_PER_CORE, DEFAULT_SLOTS_PER_CORE, PollMode, core_memory,
 };
-use ferry_dataplane::cpumask::CpuMask;
 use ferry_dataplane::os::arena::{Arena, Pages};
+use ferry_dataplane::os::cpulock::LOCK_DIR;
 use ferry_dataplane::os::poller::{Poller, Token};
 use ferry_dataplane::os::signal::Signals;
 use ferry_dataplane::platform::Platform;
 use ferry_dataplane::pool::DATA_BUFFER_STRIDE;
 use ferry_dataplane::service::Service;
+use ferry_shared::cpumask::CpuMask;
 use ferry_shared::handshake::server::Listener;
+use ferry_shared::limits::MIN_BUFFERS_PER_CORE;
 use ferry_shared::logging;
 
 /// A core has something to say.
@@ -53,9 +55,26 @@ struct Options {
     /// When cores poll
     #[arg(long, value_enum, default_value_t = Poll::Adaptive)]
     poll: Poll,
+    /// Whether the cores' CPUs are claimed by lock files in /var/tmp, so that no other service takes them: auto claims
+    /// them for cores that always poll, since others can share theirs
+    #[arg(long, value_enum, default_value_t = Locks::Auto)]
+    cpumask_locks: Locks,
+    /// Directory of the lock files
+    #[arg(long, value_name = "DIR", default_value = LOCK_DIR)]
+    cpumask_locks_dir: PathBuf,
     /// User id that may connect as the control plane, besides root and this process's own
     #[arg(long, value_name = "UID")]
     control_uid: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Locks {
+    /// Claim the CPUs of cores that always poll
+    Auto,
+    /// Claim them
+    On,
+    /// Claim none
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -106,6 +125,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     let core_options = CoreOptions {
         cpus: cpus.clone(),
         mode,
+        slots: DEFAULT_SLOTS_PER_CORE,
         buffers,
     };
     let cores = CoreSet::start(&core_options, &mut arena).context("cannot start the cores")?;
@@ -114,14 +134,24 @@ fn run(options: Options) -> anyhow::Result<()> {
     poller.add(cores.event_fd(), CORES)?;
     poller.add(&signals, SIGNALS)?;
     let control = Control::new(listener, Arc::clone(&poller))?;
-    let service = Service::new(platform, run_dir.clone(), cpus, cores, Arc::clone(&poller));
+    let mut service = Service::new(platform, run_dir.clone(), cpus, cores, Arc::clone(&poller));
+    let limit = options.mem_size.map(|mib| mib.saturating_mul(1 << 20));
+    service.limit_memory(limit, !options.no_huge);
+    service.keep_cpu_locks_in(options.cpumask_locks_dir);
+    let claim = match options.cpumask_locks {
+        Locks::Auto => mode == PollMode::Busy,
+        chosen => chosen == Locks::On,
+    };
+    if claim && let Err(failure) = service.lock_cpus(true) {
+        anyhow::bail!("{}", failure.detail);
+    }
     tracing::info!(run_dir = %run_dir.display(), cpumask = %options.cpumask, buffers, "ready");
     serve(service, control, &poller, &signals)
 }
 
 /// Gets the memory that all cores work in.
 fn memory(options: &Options, cores: usize) -> anyhow::Result<(Arena, u32)> {
-    let least = cores * core_memory(MIN_BUFFERS_PER_CORE);
+    let least = cores * core_memory(DEFAULT_SLOTS_PER_CORE, MIN_BUFFERS_PER_CORE);
     let buffers = match options.mem_size {
         None => DEFAULT_BUFFERS_PER_CORE,
         Some(mib) => {
@@ -131,11 +161,11 @@ fn memory(options: &Options, cores: usize) -> anyhow::Result<(Arena, u32)> {
                 "--mem-size {mib} is too small for {cores} cores: at least {} MiB are needed",
                 least.div_ceil(1 << 20)
             );
-            let spare = (bytes / cores).saturating_sub(core_memory(0));
+            let spare = (bytes / cores).saturating_sub(core_memory(DEFAULT_SLOTS_PER_CORE, 0));
             u32::try_from(spare / DATA_BUFFER_STRIDE).unwrap_or(u32::MAX)
         }
     };
-    let bytes = cores * core_memory(buffers);
+    let bytes = cores * core_memory(DEFAULT_SLOTS_PER_CORE, buffers);
     let arena = Arena::new(bytes, !options.no_huge)
         .with_context(|| format!("cannot map {} MiB of memory", bytes.div_ceil(1 << 20)))?;
     if arena.pages() == Pages::Normal && !options.no_huge {
@@ -158,6 +188,15 @@ fn raise_fd_limit() {
     }
 }
 
+/// How long the management thread may sleep, in ms; -1: for ever.
+fn wait_ms(service: &Service) -> i32 {
+    match service.quiet_for() {
+        None => -1,
+        // Not before it is due.
+        Some(time) => i32::try_from(time.as_micros().div_ceil(1000)).unwrap_or(i32::MAX),
+    }
+}
+
 /// The management thread: sockets, commands, and what the cores report. It never waits for a guest or a file.
 fn serve(
     mut service: Service,
@@ -168,6 +207,7 @@ fn serve(
     let mut ready = Vec::new();
     loop {
         service.drain_cores();
+        service.tick();
         if control.take_ended() {
             service.forget_caller();
         }
@@ -186,7 +226,7 @@ fn serve(
         }
         let sleep = control.prepare_sleep() && service.cores().prepare_sleep();
         poller
-            .wait(&mut ready, if sleep { -1 } else { 0 })
+            .wait(&mut ready, if sleep { wait_ms(&service) } else { 0 })
             .context("epoll failed")?;
         service.cores().awake();
         control.wake();

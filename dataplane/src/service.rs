@@ -3,6 +3,8 @@
 //! Every change is checked completely before anything is touched, so a refused command has changed nothing. Commands that
 //! have to wait for the cores leave a note with the device and are answered when the device has got there.
 
+mod tune;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_QUEUES_PER_SERVICE, NAME_LEN};
 use ferry_shared::logging;
 use ferry_shared::msg::{
-    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevSpec, Item, Reply,
+    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevKind, FsdevSpec, Item, Reply,
     Service as Facts,
 };
 
@@ -79,6 +81,7 @@ pub struct Service {
     last_id: u32,
     answers: Vec<Answer>,
     events: Vec<Event>,
+    tuned: tune::Tuned,
 }
 
 fn refuse<T>(errno: Errno, detail: String) -> Result<T, Failure> {
@@ -105,6 +108,7 @@ impl Service {
             last_id: 0,
             answers: Vec::new(),
             events: Vec::new(),
+            tuned: tune::Tuned::default(),
         }
     }
 
@@ -123,6 +127,17 @@ impl Service {
             Command::DeviceStop { name } => self.device_stop(seq, &name),
             Command::DeviceDestroy { name } => self.device_destroy(seq, &name),
             Command::SetLog(spec) => logging::set(&spec).map(|()| Some(Reply::Done)),
+            Command::Tuning => Ok(Some(self.tuning())),
+            Command::SetPools(pools) => self.set_pools(pools).map(Some),
+            Command::SetScheduler(scheduler) => self.set_scheduler(scheduler).map(Some),
+            Command::PlaceThread { thread, cpus } => self.place_thread(seq, thread, &cpus),
+            Command::SetTrace { mask } => {
+                self.cores.set_trace_mask(mask);
+                Ok(Some(Reply::Done))
+            }
+            Command::LockCpus { lock } => self.lock_cpus(lock).map(Some),
+            Command::CountContextSwitches { count } => Ok(Some(self.monitor_switches(count))),
+            Command::PciDevices { from } => Ok(Some(self.pci_devices(from))),
         };
         match result {
             Ok(Some(reply)) => self.answers.push((seq, Ok(reply))),
@@ -147,6 +162,7 @@ impl Service {
     pub fn forget_caller(&mut self) {
         self.answers.clear();
         self.events.clear();
+        self.tuned.leaving.clear();
         for next in self.devices.iter_mut().filter_map(|d| d.next.as_mut()) {
             next.forget_seq();
         }
@@ -243,11 +259,11 @@ impl Service {
             return refuse(Errno::EEXIST, format!("fsdev {} exists already", spec.name));
         }
         // One is made in any case: it is what finds out whether the export can be used.
-        let mut backend = Some(AnyFsDev::new(&spec)?);
+        let mut backend = Some(self.backend(&spec)?);
         for device in self.devices.iter().filter(|d| d.spec.fsdev == spec.name) {
             let backend = match backend.take() {
                 Some(backend) => backend,
-                None => AnyFsDev::new(&spec)?,
+                None => self.backend(&spec)?,
             };
             device.shared.set_backend(Some(Arc::new(backend)));
         }
@@ -256,9 +272,35 @@ impl Service {
         Ok(())
     }
 
+    /// Makes the backend of an fsdev for one device. One that hands everything on is what it hands on to.
+    fn backend(&self, spec: &FsdevSpec) -> Result<AnyFsDev, Failure> {
+        let mut spec = spec;
+        while let FsdevKind::Passthru { base } = &spec.kind {
+            // What is handed on to is older, so this ends.
+            let Some(below) = self.fsdevs.get(base) else {
+                let detail = format!(
+                    "fsdev {} hands on to fsdev {base}, which does not exist",
+                    spec.name
+                );
+                return refuse(Errno::ENODEV, detail);
+            };
+            spec = below;
+        }
+        AnyFsDev::new(spec)
+    }
+
     fn fsdev_delete(&mut self, name: &str) -> Result<(), Failure> {
         if !self.fsdevs.contains_key(name) {
             return refuse(Errno::ENODEV, format!("there is no fsdev {name}"));
+        }
+        let on_it =
+            |spec: &&FsdevSpec| matches!(&spec.kind, FsdevKind::Passthru { base } if base == name);
+        if let Some(above) = self.fsdevs.values().find(on_it) {
+            let detail = format!(
+                "fsdev {} hands on to fsdev {name}; delete it first",
+                above.name
+            );
+            return refuse(Errno::EBUSY, detail);
         }
         let users = || self.devices.iter().filter(|d| d.spec.fsdev == name);
         if let Some(user) = users().find(|d| d.shared.session.mounted()) {
@@ -335,7 +377,7 @@ impl Service {
     /// Opens a device that has been checked.
     fn open(&mut self, spec: DeviceSpec) -> Result<(), Failure> {
         let backend = match self.fsdevs.get(&spec.fsdev) {
-            Some(fsdev) => Some(Arc::new(AnyFsDev::new(fsdev)?)),
+            Some(fsdev) => Some(Arc::new(self.backend(fsdev)?)),
             None => {
                 tracing::warn!(
                     device = spec.name,
@@ -438,6 +480,7 @@ impl Service {
 
     /// Goes on with devices that have become quiet, and reports connections that came or went.
     fn settle(&mut self) {
+        self.settle_moves();
         for device in &mut self.devices {
             device.notice_changes(&mut self.events);
         }

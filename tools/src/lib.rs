@@ -5,4 +5,5 @@ pub mod driver;
 pub mod mount;
 pub mod rpc;
 pub mod top;
+pub mod trace;
 pub mod up;

@@ -1,5 +1,6 @@
 //! The kinds of file-system devices, and how one is made from its specification.
 
+use ferry_shared::errno::Errno;
 use ferry_shared::msg::{Failure, FsdevKind, FsdevSpec};
 
 use crate::dispatch::{self, Incoming, Outcome};
@@ -30,6 +31,10 @@ impl AnyFsDev {
                 Ok(AnyFsDev::Aio(Box::new(passthrough)))
             }
             FsdevKind::Null => Ok(AnyFsDev::Null(Null)),
+            FsdevKind::Passthru { base } => Err(Failure::new(
+                Errno::ENODEV,
+                format!("fsdev {} is nothing without fsdev {base}", spec.name),
+            )),
         }
     }
 }
