@@ -199,6 +199,7 @@ impl<B: Backend> CoreSet<B> {
         self.crew.helpers.detach(device);
         self.devices.remove(&device);
         self.placement.forget(device);
+        self.moving.retain(|(moving, _), _| *moving != device);
     }
 
     /// What the cores share of a device.

@@ -8,7 +8,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ferry_shared::errno::Errno;
@@ -29,17 +29,7 @@ impl CpuLocks {
         let mut locks = CpuLocks { files: Vec::new() };
         for &cpu in cpus {
             let path = dir.join(format!("spdk_cpu_lock_{cpu:03}"));
-            let file = open(&path).map_err(|error| {
-                let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
-                let detail = format!(
-                    "cannot claim CPU {cpu}: cannot open {}: {error}",
-                    path.display()
-                );
-                Failure::new(errno, detail)
-            })?;
-            if let Err(error) = lock(&file) {
-                return Err(taken(cpu, &path, &file, &error));
-            }
+            let file = claim_file(cpu, &path)?;
             let pid = (std::process::id() as i32).to_ne_bytes();
             if let Err(error) = file.write_all_at(&pid, 0) {
                 tracing::warn!(path = %path.display(), %error, "cannot say who has claimed the CPU");
@@ -57,6 +47,26 @@ impl Drop for CpuLocks {
             if let Err(error) = std::fs::remove_file(path) {
                 tracing::warn!(path = %path.display(), %error, "cannot remove the claim of a CPU");
             }
+        }
+    }
+}
+
+/// Opens and locks the file of a CPU.
+fn claim_file(cpu: u32, path: &Path) -> Result<File, Failure> {
+    let cannot = |error: io::Error| {
+        let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+        let detail = format!("cannot claim CPU {cpu} by {}: {error}", path.display());
+        Failure::new(errno, detail)
+    };
+    loop {
+        let file = open(path).map_err(cannot)?;
+        if let Err(error) = lock(&file) {
+            return Err(taken(cpu, path, &file, &error));
+        }
+        // Who held it may have removed it between the two steps; then the claim has to be on the file that is there.
+        let locked = file.metadata().map_err(cannot)?.ino();
+        if std::fs::symlink_metadata(path).is_ok_and(|there| there.ino() == locked) {
+            return Ok(file);
         }
     }
 }

@@ -125,6 +125,13 @@ impl Service {
             );
             return refuse(Errno::EINVAL, detail);
         }
+        // One at a time, so that who asks again and again while a request is slow is not remembered every time.
+        if self.tuned.leaving.iter().any(|other| other.queue == queue) {
+            return refuse(
+                Errno::EALREADY,
+                format!("thread {thread} is on its way to another core"),
+            );
+        }
         let core = self.cores.core_of(queue);
         if !self.cores.restrict(queue, CpuSet::of(cpus.iter().copied())) {
             return Ok(Some(Reply::Done));
