@@ -7,6 +7,8 @@
 //! Known inodes are found by device, inode number and mount. A hot inode cannot lose its number to another one, because its
 //! descriptor holds it. A cold one can, so meeting it again costs a comparison of file handles.
 
+mod forgotten;
+
 use alloc::boxed::Box;
 use core::ffi::CStr;
 use core::sync::atomic::AtomicI32;
@@ -18,6 +20,7 @@ use ferry_shared::errno::Errno;
 use spin::mutex::SpinMutex;
 use zerocopy::FromZeros;
 
+use self::forgotten::Forgotten;
 use super::attr;
 use super::mounts::{MountFd, Mounts};
 use super::sys::{self, Fd, FileHandle, Stat};
@@ -241,6 +244,7 @@ pub(super) struct Inodes {
     tails: Box<[Tail]>,
     mounts: Mounts,
     ring: SpinMutex<Ring>,
+    forgotten: Forgotten,
 }
 
 /// A node id that the table refuses.
@@ -267,6 +271,7 @@ impl Inodes {
                 slots: slots.map_err(|_| Errno::ENOMEM)?,
                 hand: 0,
             }),
+            forgotten: Forgotten::new(capacity),
         };
         let key = Key::of(&stat);
         inodes.mounts.meet(key.mnt, root.raw(), libc::S_IFDIR);
@@ -293,7 +298,7 @@ impl Inodes {
 
     /// How many inodes the guest knows, the root included.
     pub(super) fn live(&self) -> u32 {
-        self.table.live()
+        self.table.live().saturating_sub(self.forgotten.count())
     }
 
     /// The inode with this node id, made hot if it is cold.
@@ -407,7 +412,8 @@ impl Inodes {
         if found.record().kind.load(Relaxed) != kind {
             return Known::Outdated;
         }
-        found.record().lookups.fetch_add(1, Relaxed);
+        self.forgotten
+            .leave(found.record().lookups.fetch_add(1, Relaxed));
         found.mark_recent();
         Known::Counted(found.id())
     }
@@ -416,15 +422,24 @@ impl Inodes {
     fn count(&self, pin: &Pinned<'_, Inode>) -> bool {
         let inode = pin.record();
         let _shard = self.table.lock(inode.key().hash());
-        inode
+        if !pin.is_alive() {
+            return false;
+        }
+        let before = inode
             .lookups
-            .try_update(AcqRel, Relaxed, |n| (n > 0).then(|| n.saturating_add(1)))
-            .is_ok()
+            .update(AcqRel, Relaxed, |n| n.saturating_add(1));
+        self.forgotten.leave(before);
+        true
     }
 
     /// Takes an inode out of its chain, because its number has gone to another one.
     fn detach(&self, pin: &Pinned<'_, Inode>) {
-        self.table.lock(pin.record().key().hash()).unlink(pin);
+        let shard = self.table.lock(pin.record().key().hash());
+        if pin.record().lookups.load(Relaxed) != 0 {
+            shard.unlink(pin);
+        } else if shard.remove(pin) {
+            self.forgotten.leave(0);
+        }
     }
 
     /// Looks up one component of a directory and counts it; gives the node id and the attributes.
@@ -462,7 +477,14 @@ impl Inodes {
 
     /// A place for an inode that is about to be made.
     pub(super) fn reserve(&self) -> Result<Vacant<'_, Inode>, Errno> {
-        self.table.reserve().ok_or(Errno::ENFILE)
+        loop {
+            if let Some(vacant) = self.table.reserve() {
+                return Ok(vacant);
+            }
+            if !self.make_way() {
+                return Err(Errno::ENFILE);
+            }
+        }
     }
 
     /// As [`Inodes::intern`], at a place that has been reserved.
@@ -489,11 +511,13 @@ impl Inodes {
                     }
                 }
                 Known::No => {
+                    // Before the lock, because others may have to make way.
+                    let vacant = place.take().map_or_else(|| self.reserve(), Ok)?;
                     let shard = self.table.lock(key.hash());
                     if shard.find(|inode| inode.key() == key).is_some() {
+                        place = Some(vacant);
                         continue;
                     }
-                    let vacant = place.take().map_or_else(|| self.reserve(), Ok)?;
                     vacant.record().fill(&key, kind);
                     let pin = vacant.publish(Some(fd.into_raw()));
                     shard.link(&pin);
@@ -516,8 +540,9 @@ impl Inodes {
         }
     }
 
-    /// Takes back lookups; more than there are count as all. `true` when the guest no longer knows the inode.
-    pub(super) fn forget(&self, nodeid: u64, lookups: u64) -> bool {
+    /// Takes back lookups; more than there are count as all. `true` when the guest no longer knows the inode; its node id
+    /// goes on working for a while if it may come back (`remember`).
+    pub(super) fn forget(&self, nodeid: u64, lookups: u64, remember: bool) -> bool {
         if nodeid == FUSE_ROOT_ID {
             return false;
         }
@@ -529,13 +554,22 @@ impl Inodes {
         if count.try_update(AcqRel, Relaxed, some_left).is_ok() {
             return false;
         }
+        let remembered = remember && self.prepare_to_forget(&pin);
         // Only under the lock can the count become 0, so that no lookup finds an inode that is about to go.
         let shard = self.table.lock(pin.record().key().hash());
         if count.try_update(AcqRel, Relaxed, some_left).is_ok() {
             return false;
         }
-        count.store(0, Relaxed);
-        shard.remove(&pin)
+        let before = count.swap(0, Relaxed);
+        if remembered && before != 0 && pin.is_alive() {
+            self.forgotten.add();
+            return true;
+        }
+        let gone = shard.remove(&pin);
+        if gone {
+            self.forgotten.leave(before);
+        }
+        gone
     }
 
     /// Forgets everything but the root.
@@ -546,8 +580,10 @@ impl Inodes {
             };
             if pin.id() != FUSE_ROOT_ID {
                 let shard = self.table.lock(pin.record().key().hash());
-                pin.record().lookups.store(0, Relaxed);
-                shard.remove(&pin);
+                let before = pin.record().lookups.swap(0, Relaxed);
+                if shard.remove(&pin) {
+                    self.forgotten.leave(before);
+                }
             }
         }
     }
