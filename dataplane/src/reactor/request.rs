@@ -294,10 +294,14 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let at = meta.queue;
         if self.early_interrupts.iter().any(|&e| e == (device, unique)) {
             self.early_interrupts.retain(|&e| e != (device, unique));
-            return self.give_up_wait(slot, device, unique, sys);
+            return self.give_up_wait(slot, device, unique, Errno::EINTR, sys);
         }
         if self.queue_mut(at).is_some_and(|q| q.ending != Ending::Runs) {
             return self.give_back(slot, sys);
+        }
+        // The one who is to unlock needs a slot too, and so do the other devices of this core.
+        if self.waiting.len() >= self.slots.len() / 2 {
+            return self.give_up_wait(slot, device, unique, Errno::ENOLCK, sys);
         }
         self.waiting.push(slot);
     }
@@ -579,7 +583,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         match found {
             Some(slot) => {
                 self.waiting.retain(|&s| s != slot);
-                self.give_up_wait(slot, device, unique, sys);
+                self.give_up_wait(slot, device, unique, Errno::EINTR, sys);
             }
             None => {
                 if self.early_interrupts.is_full() {
@@ -591,12 +595,19 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
     }
 
     /// Ends a request that waited for a lock, without the lock.
-    fn give_up_wait(&mut self, slot: u32, device: DeviceId, unique: u64, sys: &mut S) {
+    fn give_up_wait(
+        &mut self,
+        slot: u32,
+        device: DeviceId,
+        unique: u64,
+        errno: Errno,
+        sys: &mut S,
+    ) {
         let device = self.devices.iter().find(|d| d.id == device);
         if let Some(backend) = device.and_then(|d| d.backend.as_ref()) {
             backend.wait_ended(unique);
         }
-        self.fail(slot, Errno::EINTR, sys);
+        self.fail(slot, errno, sys);
     }
 
     /// Tries waiting locks again although no local release was seen; for locks that other processes hold.
