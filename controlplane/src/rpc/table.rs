@@ -172,7 +172,16 @@ const OPERATE: &[Method] = &[
         name: "framework_get_config",
         aliases: &["get_subsystem_config"],
         help: "The requests that rebuild one subsystem",
-        params: &[SUBSYSTEM],
+        params: &[
+            SUBSYSTEM,
+            Param {
+                name: "with_batches",
+                kind: Kind::Flag,
+                default: "false",
+                help: "accepted: newer clients ask with it for batches, which none of these requests is",
+                ..PARAM
+            },
+        ],
         rule: ARGUMENTS,
         output: Output::Json,
         handler: Handler::Now(framework::framework_get_config),
