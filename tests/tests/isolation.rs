@@ -113,7 +113,11 @@ fn use_files(dir: &Path, rounds: usize) -> Result<()> {
 
 fn stopped_and_restarted() -> Result<()> {
     let (service, mount) = mounted()?;
-    let before = service.call("virtio_fs_get_devices")?;
+    let mut before = service.call("virtio_fs_get_devices")?;
+    wait_until("the control plane knows of the mount", LIMIT, || {
+        before = service.call("virtio_fs_get_devices")?;
+        Ok(before[0]["mounted"] == true)
+    })?;
     let controlplane = service.child("ferry-controlplane")?;
     kill(controlplane, Signal::SIGSTOP)?;
     // A client of it waits, and nobody else does.
