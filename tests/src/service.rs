@@ -317,6 +317,14 @@ impl HostMount {
         &self.dir
     }
 
+    /// The process that is its driver.
+    ///
+    /// # Errors
+    /// Never in practice: the kernel gives no larger ids.
+    pub fn pid(&self) -> Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.process.id())?))
+    }
+
     fn is_mounted(&self) -> Result<bool> {
         let needle = format!(" {} fuse", self.dir.display());
         Ok(fs::read_to_string("/proc/self/mounts")?
