@@ -125,6 +125,8 @@ pub struct Reactor<B, S: System<B>> {
     waiting: Vec<u32>,
     early_interrupts: heapless::Deque<(DeviceId, u64), EARLY_INTERRUPTS>,
     counters: Counters,
+    /// When the clock was last read: before a queue's first request of a turn, and after each request.
+    clock: u64,
     /// Where finished requests are counted for others to see.
     count_in: Option<CoreCounters>,
 }
@@ -146,6 +148,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             waiting: Vec::with_capacity(cap),
             early_interrupts: heapless::Deque::new(),
             counters: Counters::default(),
+            clock: 0,
             count_in: None,
         }
     }

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use ferry_shared::counters::{CoreCounter, CoreCounters};
 use nix::sched::{CpuSet, sched_setaffinity};
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, gettid};
 
 use super::helpers::{HelperJob, Helpers};
@@ -32,8 +33,6 @@ struct CoreSystem<B> {
     events: Arc<Mailbox<CoreEvent>>,
     /// The watches of this core's queues, by token.
     watches: Vec<Option<Watch>>,
-    /// What the clock is read against.
-    origin: Instant,
 }
 
 struct Watch {
@@ -75,7 +74,10 @@ impl<B: Backend> System<B> for CoreSystem<B> {
     }
 
     fn now(&self) -> u64 {
-        u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
+            let seconds = now.tv_sec().cast_unsigned().wrapping_mul(1_000_000_000);
+            seconds.wrapping_add(now.tv_nsec().cast_unsigned())
+        })
     }
 }
 
@@ -294,7 +296,6 @@ impl<B: Backend> CoreSeed<B> {
             helpers: self.helpers,
             events: self.events,
             watches: Vec::with_capacity(queues),
-            origin: Instant::now(),
         };
         let thread = u64::try_from(gettid().as_raw()).unwrap_or(0);
         self.counters.set(CoreCounter::Thread, thread);

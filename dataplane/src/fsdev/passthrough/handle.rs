@@ -22,6 +22,10 @@ pub(super) const DIRECT: u32 = 1 << 1;
 pub(super) const FLOCKED: u32 = 1 << 2;
 /// Ranges were locked through it.
 pub(super) const LOCKED: u32 = 1 << 3;
+/// Transfers through the page cache do not wait for long.
+pub(super) const CALM: u32 = 1 << 4;
+/// The file system has no way to read without waiting.
+pub(super) const RING: u32 = 1 << 5;
 
 /// The position of a directory that is not known.
 const UNKNOWN: u64 = u64::MAX;

@@ -23,6 +23,7 @@ mod dir;
 mod fdinfo;
 mod file;
 mod handle;
+mod hot;
 mod identity;
 mod ids;
 mod inode;
@@ -47,6 +48,7 @@ use ferry_shared::export::{Cache, Squash};
 use ferry_shared::msg::{AioSpec, Failure, Placement};
 
 use self::handle::Handles;
+use self::hot::Hot;
 use self::inode::Inodes;
 use self::lock::Locks;
 use super::{Caller, DirSink, FsDev, IoOp, IoResult, Negotiated, Offer, Pin};
@@ -94,6 +96,7 @@ pub struct Passthrough {
     spec: AioSpec,
     /// The export is on a file system that can stall.
     remote: bool,
+    hot: Hot,
 }
 
 impl Passthrough {
@@ -119,13 +122,15 @@ impl Passthrough {
             };
             Failure::new(errno, detail)
         })?;
-        let remote = sys::statfs(root.raw()).is_ok_and(|s| is_remote(s.f_type));
+        let kind = sys::statfs(root.raw()).map_or(0, |s| s.f_type);
+        let remote = is_remote(kind);
         let failed = |errno| {
             let detail = format!("cannot set up the inode tables for root_path {path:?}");
             Failure::new(errno, detail)
         };
         let locks = Arc::new(Locks::new(capacity.lock_owners).map_err(failed)?);
         deadlock::enlist(&locks);
+        let hot = Hot::new(root.raw(), kind, remote, spec.metadata);
         Ok(Passthrough {
             locks,
             handles: Handles::new(capacity.handles).map_err(failed)?,
@@ -134,6 +139,7 @@ impl Passthrough {
             session: AtomicU64::new(0),
             spec: spec.clone(),
             remote,
+            hot,
         })
     }
 
