@@ -67,6 +67,8 @@ enum Ending {
 /// A queue in the hands of this core.
 struct RunQueue<C> {
     device: DeviceId,
+    /// Where the device is among the core's.
+    place: usize,
     index: QueueIdx,
     kind: QueueKind,
     queue: Queue,

@@ -68,11 +68,8 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             {
                 break;
             }
-            if self
-                .devices
-                .iter()
-                .any(|d| d.id == q.device && d.next_map.is_some())
-            {
+            let device = self.devices.get(q.place);
+            if device.is_some_and(|d| d.next_map.is_some()) {
                 break;
             }
             if !worked {
@@ -222,15 +219,8 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             return;
         };
         let at = meta.queue;
-        let Some(device) = self
-            .queues
-            .get(at as usize)
-            .and_then(Option::as_ref)
-            .map(|q| q.device)
-        else {
-            return;
-        };
-        let Some(device) = self.devices.iter_mut().find(|d| d.id == device) else {
+        let queue = self.queues.get(at as usize).and_then(Option::as_ref);
+        let Some(device) = queue.and_then(|q| self.devices.get_mut(q.place)) else {
             return;
         };
         device.refresh();
@@ -331,11 +321,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let Some(transfer) = meta.transfer.take() else {
             return;
         };
-        let discard = meta.discard;
-        let Some(device) = self
-            .device_of(slot)
-            .and_then(|id| self.devices.iter().find(|d| d.id == id))
-        else {
+        let (discard, at) = (meta.discard, meta.queue);
+        let queue = self.queues.get(at as usize).and_then(Option::as_ref);
+        let Some(device) = queue.and_then(|q| self.devices.get(q.place)) else {
             return;
         };
         // SAFETY: the slot is the core's again; chain and input are not written meanwhile.
