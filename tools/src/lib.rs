@@ -6,4 +6,5 @@ pub mod driver;
 pub mod mount;
 pub mod rpc;
 pub mod top;
+pub mod trace;
 pub mod up;
