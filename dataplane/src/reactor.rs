@@ -68,6 +68,8 @@ enum Ending {
 /// A queue in the hands of this core.
 struct RunQueue<C> {
     device: DeviceId,
+    /// Where the device is among the core's.
+    place: usize,
     index: QueueIdx,
     kind: QueueKind,
     queue: Queue,
@@ -132,6 +134,8 @@ pub struct Reactor<B, S: System<B>> {
     waiting: Vec<u32>,
     early_interrupts: heapless::Deque<(DeviceId, u64), EARLY_INTERRUPTS>,
     counters: Counters,
+    /// When the clock was last read: before a queue's first request of a turn, and after each request.
+    clock: u64,
     /// Where finished requests are counted for others to see.
     count_in: Option<CoreCounters>,
     /// Where traces are written.
@@ -155,6 +159,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             waiting: Vec::with_capacity(cap),
             early_interrupts: heapless::Deque::new(),
             counters: Counters::default(),
+            clock: 0,
             count_in: None,
             trace: None,
         }

@@ -36,8 +36,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             // What was published before this start may not have been announced.
             sys.interrupt(call);
         }
+        let place = self.devices.iter().position(|d| d.id == start.device);
         let mut queue = RunQueue {
             device: start.device,
+            place: place.unwrap_or(usize::MAX),
             index: start.index,
             kind: start.kind,
             queue: start.queue,
@@ -275,6 +277,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 sys.report(CoreEvent::MemoryReplaced { device });
             }
             self.devices.retain(|d| d.id != device);
+            for q in self.queues.iter_mut().flatten() {
+                let place = self.devices.iter().position(|d| d.id == q.device);
+                q.place = place.unwrap_or(usize::MAX);
+            }
         }
         sys.report(CoreEvent::QueueStopped {
             device,

@@ -71,12 +71,12 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             {
                 break;
             }
-            if self
-                .devices
-                .iter()
-                .any(|d| d.id == q.device && d.next_map.is_some())
-            {
+            let device = self.devices.get(q.place);
+            if device.is_some_and(|d| d.next_map.is_some()) {
                 break;
+            }
+            if taken == 0 {
+                self.clock = sys.now();
             }
             let Some(slot) = self.free.pop() else {
                 self.counters.slot_waits = self.counters.slot_waits.wrapping_add(1);
@@ -94,7 +94,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                     self.counters.requests = self.counters.requests.wrapping_add(1);
                     if let Some(meta) = self.slots.get_mut(slot as usize) {
                         meta.queue = at;
-                        meta.began = sys.now();
+                        meta.began = self.clock;
                         meta.head = Some(popped.head);
                     }
                     self.trace(Point::RequestTaken, at, [u64::from(slot), 0], sys);
@@ -227,15 +227,8 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             return;
         };
         let at = meta.queue;
-        let Some(device) = self
-            .queues
-            .get(at as usize)
-            .and_then(Option::as_ref)
-            .map(|q| q.device)
-        else {
-            return;
-        };
-        let Some(device) = self.devices.iter_mut().find(|d| d.id == device) else {
+        let queue = self.queues.get(at as usize).and_then(Option::as_ref);
+        let Some(device) = queue.and_then(|q| self.devices.get_mut(q.place)) else {
             return;
         };
         device.refresh();
@@ -342,11 +335,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let Some(transfer) = meta.transfer.take() else {
             return;
         };
-        let discard = meta.discard;
-        let Some(device) = self
-            .device_of(slot)
-            .and_then(|id| self.devices.iter().find(|d| d.id == id))
-        else {
+        let (discard, at) = (meta.discard, meta.queue);
+        let queue = self.queues.get(at as usize).and_then(Option::as_ref);
+        let Some(device) = queue.and_then(|q| self.devices.get(q.place)) else {
             return;
         };
         // SAFETY: the slot is the core's again; chain and input are not written meanwhile.
@@ -419,10 +410,12 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
     }
 
     /// Counts a request that is answered with so many bytes.
-    fn count(&self, slot: u32, written: u32, counters: &CoreCounters, sys: &S) {
+    fn count(&mut self, slot: u32, written: u32, counters: &CoreCounters, sys: &S) {
         let Some(device) = self.device_of(slot).filter(|id| counters.counts(id.0)) else {
             return;
         };
+        // What is taken from a queue next begins now: that spares every other look at the clock.
+        self.clock = sys.now();
         let (Some(run), Some(meta)) = (self.locate(slot), self.slots.get(slot as usize)) else {
             return;
         };
@@ -441,7 +434,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let mut request = Finished {
             opcode,
             error: !ok && written != 0,
-            ns: sys.now().saturating_sub(meta.began),
+            ns: self.clock.saturating_sub(meta.began),
             ..Finished::default()
         };
         if ok && opcode == FUSE_READ {

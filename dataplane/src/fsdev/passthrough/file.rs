@@ -119,9 +119,9 @@ impl Passthrough {
         nodeid: u64,
         guest_flags: u32,
         session: u64,
-        place: Vacant<'_, Handle>,
+        (place, mnt): (Vacant<'_, Handle>, u64),
     ) -> Result<fuse_open_out, Errno> {
-        let mut flags = 0;
+        let mut flags = self.hot.flags(mnt, guest_flags);
         let mut alignment = 1;
         if guest_flags as i32 & libc::O_DIRECT != 0
             && let Some(found) = sys::make_direct(fd.raw())
@@ -179,7 +179,7 @@ impl Passthrough {
         // A truncated file must not be left behind with an error.
         let place = self.handles.reserve()?;
         let fd = self.open_regular(caller, node.fd(), flags, open_flags)?;
-        self.publish(fd, nodeid, flags, session, place)
+        self.publish(fd, nodeid, flags, session, (place, node.mnt()))
     }
 
     pub(super) fn do_create(
@@ -273,7 +273,7 @@ impl Passthrough {
         if stat.stx_nlink == 0 {
             self.inodes.keep_nameless(nodeid);
         }
-        match self.publish(fd, nodeid, flags, session, handle) {
+        match self.publish(fd, nodeid, flags, session, (handle, mnt)) {
             Ok(open) => Ok((self.entry(nodeid, &stat, mnt), open)),
             Err(errno) => {
                 self.do_forget(nodeid, 1);
@@ -339,6 +339,9 @@ impl Passthrough {
             return Ok(Io::Done(given));
         }
         self.settle_direct(&file, arg.offset, dst.first(len as usize), false)?;
+        if let Some(done) = self.hot.read(&file, arg.offset, dst.first(len as usize)) {
+            return done.map(Io::Done);
+        }
         let op = IoOp::Read {
             fd: file.fd(),
             offset: arg.offset,
@@ -375,6 +378,12 @@ impl Passthrough {
         }
         let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
         self.settle_direct(&file, arg.offset, src.first(arg.size as usize), cached)?;
+        if let Some(done) = self
+            .hot
+            .write(&file, arg.offset, src.first(arg.size as usize))
+        {
+            return done.map(Io::Done);
+        }
         let op = IoOp::Write {
             fd: file.fd(),
             offset: arg.offset,

@@ -24,6 +24,7 @@ mod fdinfo;
 mod file;
 mod handle;
 mod home;
+mod hot;
 mod identity;
 mod ids;
 mod inode;
@@ -50,6 +51,7 @@ use ferry_shared::msg::{AioSpec, Failure, Placement};
 
 use self::handle::Handles;
 use self::home::Home;
+use self::hot::Hot;
 use self::inode::{InodeHome, Inodes};
 use self::lock::Locks;
 use self::vault::{Kind, Vault};
@@ -100,6 +102,7 @@ pub struct Passthrough {
     spec: AioSpec,
     /// The export is on a file system that can stall.
     remote: bool,
+    hot: Hot,
     /// Where the tables lie, if they outlive the process.
     area: Option<Area>,
 }
@@ -167,7 +170,9 @@ impl Passthrough {
             };
             Failure::new(errno, detail)
         })?;
-        let remote = sys::statfs(root.raw()).is_ok_and(|s| is_remote(s.f_type));
+        let kind = sys::statfs(root.raw()).map_or(0, |s| s.f_type);
+        let remote = is_remote(kind);
+        let transfers = Hot::new(root.raw(), kind, remote, spec.metadata);
         let failed = |errno| {
             let detail = match errno {
                 Errno::ESTALE => format!(
@@ -196,6 +201,7 @@ impl Passthrough {
             session: AtomicU64::new(0),
             spec: spec.clone(),
             remote,
+            hot: transfers,
             area: None,
         };
         if !device.inodes.has_root() {

@@ -96,7 +96,10 @@ impl Inodes {
 
     /// Counts those that an earlier process has left.
     pub(super) fn recount_forgotten(&self) {
-        let left = self.table.indexes().filter_map(|at| self.table.pin_index(at));
+        let left = self
+            .table
+            .indexes()
+            .filter_map(|at| self.table.pin_index(at));
         for pin in left {
             if pin.id() != FUSE_ROOT_ID && pin.record().lookups.load(Relaxed) == 0 {
                 self.forgotten.add();
