@@ -33,9 +33,9 @@ pub mod control;
 #[cfg(feature = "std")]
 pub mod cores;
 #[cfg(feature = "std")]
-pub mod cpumask;
-#[cfg(feature = "std")]
 pub mod engine;
+#[cfg(feature = "std")]
+pub mod keeper;
 #[cfg(feature = "std")]
 pub mod mailbox;
 #[cfg(feature = "std")]

@@ -231,6 +231,7 @@ impl Passthrough {
     ) -> Result<(), Errno> {
         self.expect_writable()?;
         let dir = self.inodes.get(nodeid)?;
+        self.inodes.keep_doomed(dir.fd(), name);
         let _caller = self.act_if_squashed(caller)?;
         sys::unlink(dir.fd(), name, flags)
     }
@@ -250,6 +251,9 @@ impl Passthrough {
         self.expect_writable()?;
         let old = self.inodes.get(nodeid)?;
         let new = self.inodes.get(newdir)?;
+        if flags & (libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) == 0 {
+            self.inodes.keep_doomed(new.fd(), newname);
+        }
         let _caller = self.act_if_squashed(caller)?;
         sys::rename(old.fd(), name, new.fd(), newname, flags)
     }
