@@ -11,6 +11,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -83,6 +84,7 @@ enum CoreMessage<B> {
         device: DeviceId,
         unique: u64,
     },
+    Ping,
     Quit,
 }
 
@@ -123,6 +125,8 @@ pub struct CoreSet<B: Backend> {
     placed: HashMap<(DeviceId, QueueIdx), usize>,
     /// Queues per core.
     load: Vec<usize>,
+    /// Whether each core has answered the last ping.
+    answered: Vec<Arc<AtomicBool>>,
     counters: &'static Counters,
     counters_file: OwnedFd,
 }
@@ -146,6 +150,9 @@ impl<B: Backend> CoreSet<B> {
         let counters: &'static Counters = Box::leak(Box::new(counters));
         let helpers = Helpers::start(count * SLOTS_PER_CORE as usize, count * HELPERS_PER_CORE)?;
         let mut threads = Vec::new();
+        let answered: Vec<_> = (0..count)
+            .map(|_| Arc::new(AtomicBool::new(true)))
+            .collect();
         for (number, &cpu) in options.cpus.iter().enumerate() {
             let bodies = arena
                 .slab(SLOTS_PER_CORE, SlotBody::new)
@@ -163,6 +170,7 @@ impl<B: Backend> CoreSet<B> {
                 others: others(&mailboxes, number),
                 helpers: Arc::clone(&helpers),
                 events: Arc::clone(&events),
+                answered: Arc::clone(&answered[number]),
                 counters: CoreCounters::new(counters.words(), number),
             };
             threads.push(seed.spawn()?);
@@ -177,6 +185,7 @@ impl<B: Backend> CoreSet<B> {
             devices: HashMap::new(),
             placed: HashMap::new(),
             load: vec![0; count],
+            answered,
             counters,
             counters_file,
         })
@@ -185,6 +194,21 @@ impl<B: Backend> CoreSet<B> {
     /// The file of the counters, for a control plane to read.
     pub fn counters_file(&self) -> BorrowedFd<'_> {
         self.counters_file.as_fd()
+    }
+
+    /// Whether every core has got as far as to answer the last [`CoreSet::ping`].
+    pub fn all_answered(&self) -> bool {
+        self.answered
+            .iter()
+            .all(|core| core.load(Ordering::Relaxed))
+    }
+
+    /// Asks every core for a sign of life.
+    pub fn ping(&self) {
+        for (core, mailbox) in self.answered.iter().zip(&self.mailboxes) {
+            core.store(false, Ordering::Relaxed);
+            mailbox.post(CoreMessage::Ping);
+        }
     }
 
     /// Whether a device with this id would be counted.

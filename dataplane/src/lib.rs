@@ -37,6 +37,8 @@ pub mod cpumask;
 #[cfg(feature = "std")]
 pub mod engine;
 #[cfg(feature = "std")]
+pub mod keeper;
+#[cfg(feature = "std")]
 pub mod mailbox;
 #[cfg(feature = "std")]
 pub mod os;

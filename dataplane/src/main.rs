@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
@@ -11,7 +12,9 @@ use ferry_dataplane::cores::{
     CoreOptions, CoreSet, DEFAULT_BUFFERS_PER_CORE, MIN_BUFFERS_PER_CORE, PollMode, core_memory,
 };
 use ferry_dataplane::cpumask::CpuMask;
+use ferry_dataplane::keeper::Keeper;
 use ferry_dataplane::os::arena::{Arena, Pages};
+use ferry_dataplane::os::fdstore::FdStore;
 use ferry_dataplane::os::poller::{Poller, Token};
 use ferry_dataplane::os::signal::Signals;
 use ferry_dataplane::platform::Platform;
@@ -56,6 +59,9 @@ struct Options {
     /// User id that may connect as the control plane, besides root and this process's own
     #[arg(long, value_name = "UID")]
     control_uid: Option<u32>,
+    /// Say whether this version can go on with what the service manager keeps of the running one, and end
+    #[arg(long)]
+    check_recovery: bool,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -83,7 +89,13 @@ fn main() -> ExitCode {
 fn run(options: Options) -> anyhow::Result<()> {
     // Before any thread exists, so that all of them have these signals blocked.
     let signals = Signals::block().context("cannot take signals over")?;
+    // Before any descriptor is opened where the service manager says that it has put some.
+    let fds = FdStore::from_env();
     raise_fd_limit();
+    let keeper = open_keeper(fds)?;
+    if options.check_recovery {
+        return Ok(());
+    }
     let platform = Platform::load(options.platform.as_deref())?;
     let mut listener = Listener::bind(&options.run_dir, options.control_uid)?;
     let run_dir = options
@@ -114,9 +126,63 @@ fn run(options: Options) -> anyhow::Result<()> {
     poller.add(cores.event_fd(), CORES)?;
     poller.add(&signals, SIGNALS)?;
     let control = Control::new(listener, Arc::clone(&poller))?;
-    let service = Service::new(platform, run_dir.clone(), cpus, cores, Arc::clone(&poller));
+    let mut service = Service::new(
+        platform,
+        run_dir.clone(),
+        cpus,
+        cores,
+        Arc::clone(&poller),
+        keeper.clone(),
+    );
+    service.restore();
+    keeper.fds().ready();
     tracing::info!(run_dir = %run_dir.display(), cpumask = %options.cpumask, buffers, "ready");
-    serve(service, control, &poller, &signals)
+    let watchdog = Watchdog::new(&keeper);
+    serve(service, control, &poller, &signals, watchdog)
+}
+
+/// The service manager's watchdog. It hears from this process only while the management thread and every core go on.
+struct Watchdog {
+    fds: Arc<FdStore>,
+    /// How often it hears of us, at least; a third of the time after which it ends the process.
+    period: Option<Duration>,
+    next: Instant,
+}
+
+impl Watchdog {
+    fn new(keeper: &Keeper) -> Watchdog {
+        let fds = Arc::clone(keeper.fds());
+        Watchdog {
+            period: fds.watchdog().map(|limit| limit / 3),
+            fds,
+            next: Instant::now(),
+        }
+    }
+
+    /// Feeds it if it is time; gives the time until the next look in milliseconds, or -1.
+    fn feed(&mut self, service: &Service) -> i32 {
+        let Some(period) = self.period else {
+            return -1;
+        };
+        let now = Instant::now();
+        if now >= self.next {
+            if service.cores().all_answered() {
+                self.fds.feed_watchdog();
+                service.cores().ping();
+            }
+            self.next = now + period;
+        }
+        let left = self.next.saturating_duration_since(now).as_millis();
+        i32::try_from(left).unwrap_or(i32::MAX).saturating_add(1)
+    }
+}
+
+/// Takes over the state of a former process. Never guesses: one that cannot be read is refused, and stays as it is.
+fn open_keeper(fds: Arc<FdStore>) -> anyhow::Result<Keeper> {
+    Keeper::open(fds).context(
+        "cannot go on with the state of the former process; start the version that wrote it, or stop the service for \
+         good, which disconnects its guests",
+    )
 }
 
 /// Gets the memory that all cores work in.
@@ -164,9 +230,11 @@ fn serve(
     mut control: Control,
     poller: &Poller,
     signals: &Signals,
+    mut watchdog: Watchdog,
 ) -> anyhow::Result<()> {
     let mut ready = Vec::new();
     loop {
+        let limit = watchdog.feed(&service);
         service.drain_cores();
         if control.take_ended() {
             service.forget_caller();
@@ -186,7 +254,7 @@ fn serve(
         }
         let sleep = control.prepare_sleep() && service.cores().prepare_sleep();
         poller
-            .wait(&mut ready, if sleep { -1 } else { 0 })
+            .wait(&mut ready, if sleep { limit } else { 0 })
             .context("epoll failed")?;
         service.cores().awake();
         control.wake();

@@ -16,9 +16,10 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use ferry_shared::limits::MAX_MEMORY_REGIONS;
+use serde::{Deserialize, Serialize};
 
 /// An address as the guest's driver writes it into rings and descriptors: guest-physical, or an IOMMU's virtual one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Iova(pub u64);
 
 impl Iova {

@@ -17,10 +17,13 @@ use ferry_shared::msg::{
     Service as Facts,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::cores::CoreSet;
 use crate::fsdev::registry::AnyFsDev;
 use crate::fuse::session::Session;
 use crate::id::{CoreEvent, DeviceId};
+use crate::keeper::Keeper;
 use crate::os::poller::{Poller, Token};
 use crate::platform::Platform;
 use crate::reactor::DeviceShared;
@@ -79,6 +82,26 @@ pub struct Service {
     last_id: u32,
     answers: Vec<Answer>,
     events: Vec<Event>,
+    keeper: Keeper,
+}
+
+/// A started device as it is kept for a later process.
+#[derive(Serialize, Deserialize)]
+struct DeviceV1 {
+    spec: DeviceSpec,
+    paused: bool,
+}
+
+fn fsdev_key(name: &str) -> String {
+    format!("fsdev/{name}")
+}
+
+fn session_name(id: DeviceId) -> String {
+    format!("session/{}", id.0)
+}
+
+fn device_key(id: DeviceId) -> String {
+    format!("device/{}", id.0)
 }
 
 fn refuse<T>(errno: Errno, detail: String) -> Result<T, Failure> {
@@ -93,6 +116,7 @@ impl Service {
         cpus: Vec<u32>,
         cores: CoreSet<AnyFsDev>,
         poller: Arc<Poller>,
+        keeper: Keeper,
     ) -> Service {
         Service {
             platform,
@@ -105,7 +129,40 @@ impl Service {
             last_id: 0,
             answers: Vec::new(),
             events: Vec::new(),
+            keeper,
         }
+    }
+
+    /// Brings back what a former process has left, and goes on where it stood.
+    pub fn restore(&mut self) {
+        for name in self.keeper.keys("fsdev/") {
+            let spec: Option<FsdevSpec> = self.keeper.load(&fsdev_key(&name));
+            if let Some(spec) = spec.filter(|spec| spec.name == name && spec.check().is_ok()) {
+                self.fsdevs.insert(name, spec);
+            }
+        }
+        let ids = self.keeper.keys("device/");
+        let mut ids: Vec<u32> = ids.iter().filter_map(|id| id.parse().ok()).collect();
+        ids.sort_unstable();
+        for id in ids.into_iter().map(DeviceId) {
+            self.last_id = self.last_id.max(id.0);
+            let Some(DeviceV1 { spec, paused }) = self.keeper.load(&device_key(id)) else {
+                continue;
+            };
+            let name = spec.name.clone();
+            let checked = spec.check().and_then(|()| self.check_start(&spec));
+            if let Err(failure) = checked.and_then(|()| self.open(id, spec, paused)) {
+                tracing::error!(
+                    device = name,
+                    errno = %failure.errno,
+                    detail = failure.detail,
+                    "cannot go on with a device of the former process; it is closed"
+                );
+                self.keeper.forget(&device_key(id));
+            }
+        }
+        self.keeper.fds().discard_rest();
+        self.settle();
     }
 
     /// The cores, for the loop that waits for them.
@@ -187,23 +244,53 @@ impl Service {
         self.settle();
     }
 
-    /// Closes every device and ends the cores.
+    /// Ends. With a service manager that keeps everything, a later process goes on with the devices; otherwise they are
+    /// closed.
     pub fn shut_down(mut self) {
+        self.keeper.fds().stopping();
+        if self.keeper.is_on() {
+            return self.hand_over();
+        }
         for device in &mut self.devices {
             device.next = Some(Next::Close { seq: None });
             device.transport.begin_close(&mut self.cores);
         }
-        // Requests on a file system that never answers cannot be waited for; the kernel ends them with the process.
+        self.wait_for_cores(|service| service.devices.is_empty());
+        if self.devices.is_empty() {
+            self.cores.shut_down();
+        }
+    }
+
+    /// Completes what is in flight, and leaves everything as it is.
+    fn hand_over(mut self) {
+        let began = Instant::now();
+        for device in &mut self.devices {
+            device.transport.pause(&mut self.cores);
+        }
+        self.wait_for_cores(|service| service.devices.iter().all(|d| d.transport.is_paused()));
+        let late = self.devices.iter().filter(|d| !d.transport.is_paused());
+        for device in late {
+            tracing::warn!(
+                device = device.spec.name,
+                "requests are still in flight; they are executed again by the next process"
+            );
+        }
+        let ms = began.elapsed().as_millis();
+        tracing::info!(devices = self.devices.len(), ms, "left to the next process");
+        // Nothing is closed or removed: the next process has the same sockets.
+        std::mem::forget(self);
+    }
+
+    /// Takes what the cores report until `done`. Requests on a file system that never answers cannot be waited for; the
+    /// kernel ends them with the process.
+    fn wait_for_cores(&mut self, done: impl Fn(&Service) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(5);
         let mut ready = Vec::new();
-        while !self.devices.is_empty() && Instant::now() < deadline {
+        while !done(self) && Instant::now() < deadline {
             let timeout = if self.cores.prepare_sleep() { 100 } else { 0 };
             let _ = self.poller.wait(&mut ready, timeout);
             self.cores.awake();
             self.drain_cores();
-        }
-        if self.devices.is_empty() {
-            self.cores.shut_down();
         }
     }
 
@@ -243,15 +330,14 @@ impl Service {
             return refuse(Errno::EEXIST, format!("fsdev {} exists already", spec.name));
         }
         // One is made in any case: it is what finds out whether the export can be used.
-        let mut backend = Some(AnyFsDev::new(&spec)?);
+        drop(AnyFsDev::new(&spec)?);
         for device in self.devices.iter().filter(|d| d.spec.fsdev == spec.name) {
-            let backend = match backend.take() {
-                Some(backend) => backend,
-                None => AnyFsDev::new(&spec)?,
-            };
+            let name = device.id.0.to_string();
+            let (backend, _) = AnyFsDev::lasting(&spec, &name, &self.keeper)?;
             device.shared.set_backend(Some(Arc::new(backend)));
         }
         tracing::info!(fsdev = spec.name, "created");
+        self.keeper.save(&fsdev_key(&spec.name), &spec);
         self.fsdevs.insert(spec.name.clone(), spec);
         Ok(())
     }
@@ -269,9 +355,13 @@ impl Service {
             return refuse(Errno::EBUSY, detail);
         }
         for device in users() {
+            if let Some(backend) = device.shared.backend() {
+                backend.discard();
+            }
             device.shared.set_backend(None);
         }
         self.fsdevs.remove(name);
+        self.keeper.forget(&fsdev_key(name));
         tracing::info!(fsdev = name, "deleted");
         Ok(())
     }
@@ -280,11 +370,13 @@ impl Service {
         spec.check()?;
         self.check_start(&spec)?;
         let Some(device) = self.devices.iter_mut().find(|d| d.spec.name == spec.name) else {
-            self.open(spec)?;
+            let id = self.next_id();
+            self.open(id, spec, false)?;
             return Ok(Some(Reply::Done));
         };
         if device.spec == spec {
             device.paused = false;
+            device.save(&self.keeper);
             device.transport.resume(&mut self.cores);
             tracing::info!(device = spec.name, "resumed");
             return Ok(Some(Reply::Done));
@@ -332,10 +424,28 @@ impl Service {
         Ok(())
     }
 
-    /// Opens a device that has been checked.
-    fn open(&mut self, spec: DeviceSpec) -> Result<(), Failure> {
-        let backend = match self.fsdevs.get(&spec.fsdev) {
-            Some(fsdev) => Some(Arc::new(AnyFsDev::new(fsdev)?)),
+    /// Opens a device that has been checked, or goes on with it if a former process has left it.
+    fn open(&mut self, id: DeviceId, spec: DeviceSpec, paused: bool) -> Result<(), Failure> {
+        let adopted = self.keeper.load::<DeviceV1>(&device_key(id)).is_some();
+        let name = id.0.to_string();
+        let lasting = |fsdev| AnyFsDev::lasting(fsdev, &name, &self.keeper);
+        let mut goes_on = false;
+        let backend = match self.fsdevs.get(&spec.fsdev).map(lasting) {
+            Some(Ok((backend, there))) => {
+                goes_on = there;
+                Some(Arc::new(backend))
+            }
+            Some(Err(failure)) if adopted => {
+                tracing::error!(
+                    device = spec.name,
+                    fsdev = spec.fsdev,
+                    errno = %failure.errno,
+                    detail = failure.detail,
+                    "the export is gone; requests fail until the fsdev is deleted and created again"
+                );
+                None
+            }
+            Some(Err(failure)) => return Err(failure),
             None => {
                 tracing::warn!(
                     device = spec.name,
@@ -345,24 +455,29 @@ impl Service {
                 None
             }
         };
-        let id = self.next_id();
-        let shared = Arc::new(DeviceShared::new(
-            Session::new(spec.driver_platform),
-            backend,
-        ));
+        let record = self.keeper.words(&session_name(id), Session::RECORD);
+        let session = Session::recorded(spec.driver_platform, record);
+        match &backend {
+            Some(backend) if goes_on => backend.resume(&session),
+            // The tables are new, and what the record tells of has ended.
+            Some(_) => session.forget_record(),
+            None => {}
+        }
+        let shared = Arc::new(DeviceShared::new(session, backend));
         let poller = Arc::clone(&self.poller);
+        let keeper = &self.keeper;
         let transport = match &spec.attach {
             Attach::Doca { manager, vuid } => {
                 let function = self.platform.find(manager, vuid)?;
                 let socket = function.socket(&self.run_dir);
-                Transport::open_vfio_user(&spec, id, function, &socket, poller)?
+                Transport::open_vfio_user(&spec, id, function, &socket, poller, keeper)?
             }
             Attach::VhostUser => {
                 let socket = self
                     .run_dir
                     .join("vhost")
                     .join(format!("{}.sock", spec.name));
-                Transport::open_vhost_user(&spec, id, &socket, poller)?
+                Transport::open_vhost_user(&spec, id, &socket, poller, keeper)?
             }
         };
         self.cores.attach(id, &spec.name, Arc::clone(&shared));
@@ -372,17 +487,23 @@ impl Service {
             fsdev = spec.fsdev,
             "started"
         );
-        self.devices.push(Device {
+        let mut device = Device {
             id,
             spec,
             transport,
             shared,
             next: None,
-            paused: false,
+            paused,
             connected: false,
             mounted: false,
             gate: LogGate::new(Instant::now()),
-        });
+        };
+        device.save(&self.keeper);
+        if paused {
+            device.transport.pause(&mut self.cores);
+        }
+        device.transport.adopt(&mut self.cores);
+        self.devices.push(device);
         Ok(())
     }
 
@@ -407,6 +528,7 @@ impl Service {
         let index = self.devices.iter().position(|d| d.spec.name == name);
         if let Some(device) = index.and_then(|i| self.devices.get_mut(i)) {
             device.paused = true;
+            device.save(&self.keeper);
             device.transport.pause(&mut self.cores);
         }
         Ok(None)
@@ -457,7 +579,8 @@ impl Service {
                 }
                 Next::Reopen { seq, spec } => {
                     self.close(at);
-                    let opened = self.open(*spec).map(|()| Reply::Done);
+                    let id = self.next_id();
+                    let opened = self.open(id, *spec, false).map(|()| Reply::Done);
                     self.answer(seq, opened);
                 }
             }
@@ -469,8 +592,12 @@ impl Service {
         let device = self.devices.remove(at);
         if let Some(backend) = device.shared.backend() {
             crate::reactor::Backend::reset(&*backend, &device.shared.session);
+            backend.discard();
         }
         self.cores.detach(device.id);
+        self.keeper.forget(&device_key(device.id));
+        self.keeper.forget_words(&session_name(device.id));
+        device.transport.forget();
         tracing::info!(device = device.spec.name, "closed");
     }
 }
@@ -491,6 +618,15 @@ fn describe(device: &Device) -> Option<DeviceSnapshot> {
 }
 
 impl Device {
+    /// Keeps it for a later process.
+    fn save(&self, keeper: &Keeper) {
+        let saved = DeviceV1 {
+            spec: self.spec.clone(),
+            paused: self.paused,
+        };
+        keeper.save(&device_key(self.id), &saved);
+    }
+
     /// Reports a connection or a FUSE session that has come or gone. What changes back in between is not worth a report,
     /// and how often a guest mounts must not decide how much is logged.
     fn notice_changes(&mut self, events: &mut Vec<Event>) {

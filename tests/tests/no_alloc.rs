@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use anyhow::{Context, Result, ensure};
 use ferry_dataplane::cores::{CoreOptions, CoreSet, PollMode, core_memory};
 use ferry_dataplane::fuse::abi::*;
+use ferry_dataplane::keeper::Keeper;
 use ferry_dataplane::os::arena::Arena;
 use ferry_dataplane::os::poller::{Poller, Token};
 use ferry_dataplane::platform::Platform;
@@ -380,6 +381,7 @@ fn a_million_mixed_requests_allocate_nothing() -> Result<()> {
         vec![0],
         cores,
         Arc::clone(&poller),
+        Keeper::default(),
     );
     let (fsdev, device) = spec(&root);
     service.command(1, Command::FsdevCreate(fsdev));

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -134,6 +135,8 @@ struct Core<B: Backend> {
     mode: PollMode,
     completions: Vec<Completion>,
     meter: Meter,
+    /// Set to answer a ping.
+    answered: Arc<AtomicBool>,
 }
 
 impl<B: Backend> Core<B> {
@@ -228,6 +231,7 @@ impl<B: Backend> Core<B> {
             CoreMessage::Interrupt { device, unique } => {
                 reactor.interrupt_request(device, unique, sys)
             }
+            CoreMessage::Ping => self.answered.store(true, Ordering::Relaxed),
             CoreMessage::Quit => return false,
         }
         true
@@ -245,6 +249,7 @@ pub(super) struct CoreSeed<B> {
     pub(super) others: Vec<Arc<CoreMailbox<B>>>,
     pub(super) helpers: Arc<Helpers<B>>,
     pub(super) events: Arc<Mailbox<CoreEvent>>,
+    pub(super) answered: Arc<AtomicBool>,
     pub(super) counters: CoreCounters,
 }
 
@@ -311,6 +316,7 @@ impl<B: Backend> CoreSeed<B> {
             mode: self.mode,
             completions: Vec::with_capacity(2 * SLOTS_PER_CORE as usize + queues),
             meter: Meter::new(self.counters),
+            answered: self.answered,
         })
     }
 }

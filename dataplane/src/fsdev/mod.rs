@@ -177,6 +177,10 @@ pub trait FsDev: Send + Sync {
     /// A mount begins: the session has granted these. Called before any other operation of the mount.
     fn mount(&self, negotiated: Negotiated) -> Result<(), Errno>;
 
+    /// Goes on with a mount that an earlier process has begun, and whose node ids and handles are still there. Called before
+    /// any operation.
+    fn resume(&self, negotiated: Negotiated) {}
+
     /// The mount ends (DESTROY, a second INIT, device reset): every node id and handle is dropped, locks are released.
     /// Pinned files stay open until they are unpinned. Other cores may still be inside an operation that began before: it may
     /// finish or fail, but must not touch what the next mount makes.

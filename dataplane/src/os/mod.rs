@@ -3,6 +3,7 @@
 pub mod arena;
 pub mod eventfd;
 pub mod fdstore;
+pub mod ledger;
 pub mod mmap;
 pub mod poller;
 mod sigbus;

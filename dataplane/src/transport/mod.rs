@@ -6,8 +6,12 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
+pub(crate) mod link;
 pub(crate) mod log_gate;
+pub(crate) mod requests;
 pub mod running;
+pub(crate) mod saver;
+pub(crate) mod staged;
 pub mod vfio_user;
 pub mod vhost_user;
 
@@ -19,6 +23,7 @@ use ferry_shared::msg::{DeviceSpec, Failure};
 use self::vfio_user::VfioUser;
 use self::vhost_user::VhostUser;
 use crate::engine::{CoreEvent, Cores, DeviceId};
+use crate::keeper::Keeper;
 use crate::os::poller::Poller;
 use crate::platform::StaticFunction;
 
@@ -38,8 +43,9 @@ impl Transport {
         id: DeviceId,
         socket: &Path,
         poller: Arc<Poller>,
+        keeper: &Keeper,
     ) -> Result<Transport, Failure> {
-        let device = VhostUser::open(spec, id, socket, poller)?;
+        let device = VhostUser::open(spec, id, socket, poller, keeper)?;
         Ok(Transport::VhostUser(Box::new(device)))
     }
 
@@ -50,9 +56,26 @@ impl Transport {
         place: &StaticFunction,
         socket: &Path,
         poller: Arc<Poller>,
+        keeper: &Keeper,
     ) -> Result<Transport, Failure> {
-        let device = VfioUser::open(spec, id, place, socket, poller)?;
+        let device = VfioUser::open(spec, id, place, socket, poller, keeper)?;
         Ok(Transport::VfioUser(Box::new(device)))
+    }
+
+    /// Goes on with what a former process has left of the device. To be called once the cores know the device.
+    pub fn adopt(&mut self, cores: &mut dyn Cores) {
+        match self {
+            Transport::VhostUser(device) => device.adopt(cores),
+            Transport::VfioUser(device) => device.adopt(cores),
+        }
+    }
+
+    /// Drops the device, and what is kept of it for a later process.
+    pub fn forget(self) {
+        match self {
+            Transport::VhostUser(device) => device.forget(),
+            Transport::VfioUser(device) => device.forget(),
+        }
     }
 
     /// Something is ready that the transport has added to the poller as `local`.

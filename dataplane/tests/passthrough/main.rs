@@ -7,6 +7,7 @@ mod export;
 mod locks;
 mod meta;
 mod ops;
+mod recover;
 mod rig;
 mod tables;
 mod threads;

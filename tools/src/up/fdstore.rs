@@ -4,7 +4,6 @@
 //! What that process sends is bounded in length and in number.
 #![expect(unsafe_code, reason = "descriptors arrive as numbers")]
 
-use std::ffi::OsString;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
@@ -61,11 +60,11 @@ impl FdStore {
     }
 
     /// What `NOTIFY_SOCKET` has to say.
-    pub(super) fn address(&self) -> io::Result<OsString> {
-        use std::os::unix::ffi::OsStringExt;
+    pub(super) fn address(&self) -> io::Result<String> {
         let address = self.socket.local_addr()?;
         let name = address.as_abstract_name().unwrap_or_default();
-        Ok(OsString::from_vec([b"@", name].concat()))
+        // The kernel chooses hexadecimal digits.
+        Ok(format!("@{}", String::from_utf8_lossy(name)))
     }
 
     /// What `LISTEN_FDNAMES` has to say.
@@ -197,7 +196,7 @@ mod tests {
     }
 
     fn send(store: &FdStore, text: &str, fds: &[RawFd]) {
-        let address = store.address().unwrap().into_string().unwrap();
+        let address = store.address().unwrap();
         let address = UnixAddr::new_abstract(address.trim_start_matches('@').as_bytes()).unwrap();
         let socket = UnixDatagram::unbound().unwrap();
         let rights = [ControlMessage::ScmRights(fds)];

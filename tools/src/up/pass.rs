@@ -5,13 +5,13 @@
     reason = "descriptors change their numbers in the new process"
 )]
 
-use std::env;
-use std::ffi::OsString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use anyhow::Context;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::fdstore::{FIRST, FdStore, ROOM};
@@ -20,7 +20,7 @@ use super::fdstore::{FIRST, FdStore, ROOM};
 pub(super) struct Passed {
     fds: Vec<RawFd>,
     names: String,
-    address: OsString,
+    address: String,
     /// Occupy every number below the last that is passed, so that the pipes of the new process are not in the way.
     _fill: Vec<OwnedFd>,
 }
@@ -58,22 +58,23 @@ impl Passed {
         for (to, from) in (FIRST..).zip(&self.fds) {
             // SAFETY: both are numbers. What `to` was is not used in this process any more: the store's descriptors have
             // been copied, and the fill keeps anything else away from there.
-            if unsafe { libc::dup2(*from, to) } < 0 {
-                return Err(io::Error::last_os_error());
-            }
+            Errno::result(unsafe { libc::dup2(*from, to) })?;
         }
-        let set = |name, value: String| {
-            // SAFETY: this process has one thread.
-            unsafe { env::set_var(name, value) }
-        };
-        set("LISTEN_FDS", self.fds.len().to_string());
-        set("LISTEN_FDNAMES", self.names.clone());
-        set("LISTEN_PID", std::process::id().to_string());
-        set("FDSTORE", ROOM.to_string());
-        // SAFETY: as above.
-        unsafe { env::set_var("NOTIFY_SOCKET", &self.address) };
-        Ok(())
+        set(c"LISTEN_FDS", &self.fds.len().to_string())?;
+        set(c"LISTEN_FDNAMES", &self.names)?;
+        set(c"LISTEN_PID", &std::process::id().to_string())?;
+        set(c"FDSTORE", &ROOM.to_string())?;
+        set(c"NOTIFY_SOCKET", &self.address)
     }
+}
+
+/// Sets a variable in the environment of the new program.
+fn set(name: &CStr, value: &str) -> io::Result<()> {
+    let value = CString::new(value)?;
+    // Not by the standard library, which holds its lock on the environment while it starts a process.
+    // SAFETY: this process has one thread, and both strings are terminated.
+    Errno::result(unsafe { libc::setenv(name.as_ptr(), value.as_ptr(), 1) })?;
+    Ok(())
 }
 
 fn floor(count: usize) -> RawFd {

@@ -5,7 +5,7 @@ use core::ffi::CStr;
 use ferry_shared::errno::Errno;
 
 use super::Passthrough;
-use super::handle::{self, Handle, Handles, OpenFile};
+use super::handle::{self, Handle, OpenFile};
 use super::inode::{Inode, Node};
 use super::lock;
 use super::sys::{self, Fd, Stat};
@@ -129,7 +129,7 @@ impl Passthrough {
             flags |= handle::DIRECT;
             alignment = found;
         }
-        let fh = Handles::add_at(place, fd, nodeid, flags, alignment);
+        let fh = self.handles.add_at(place, fd, nodeid, flags, alignment);
         self.opened(fh, nodeid, self.file_flags(), session)
     }
 
@@ -270,6 +270,9 @@ impl Passthrough {
             .inodes
             .with_fds(|| sys::reopen(fd.raw(), libc::O_PATH))?;
         let nodeid = self.inodes.intern_at(path, &stat, Some(inode))?;
+        if stat.stx_nlink == 0 {
+            self.inodes.keep_nameless(nodeid);
+        }
         match self.publish(fd, nodeid, flags, session, handle) {
             Ok(open) => Ok((self.entry(nodeid, &stat, mnt), open)),
             Err(errno) => {

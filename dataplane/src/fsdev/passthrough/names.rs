@@ -166,7 +166,8 @@ impl Passthrough {
     }
 
     pub(super) fn do_forget(&self, nodeid: u64, lookups: u64) {
-        if self.inodes.forget(nodeid, lookups) {
+        let remember = self.has(FUSE_EXPORT_SUPPORT);
+        if self.inodes.forget(nodeid, lookups, remember) {
             self.locks.drop_node(nodeid);
         }
     }
@@ -230,6 +231,7 @@ impl Passthrough {
     ) -> Result<(), Errno> {
         self.expect_writable()?;
         let dir = self.inodes.get(nodeid)?;
+        self.inodes.keep_doomed(dir.fd(), name);
         let _caller = self.act_if_squashed(caller)?;
         sys::unlink(dir.fd(), name, flags)
     }
@@ -249,6 +251,9 @@ impl Passthrough {
         self.expect_writable()?;
         let old = self.inodes.get(nodeid)?;
         let new = self.inodes.get(newdir)?;
+        if flags & (libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) == 0 {
+            self.inodes.keep_doomed(new.fd(), newname);
+        }
         let _caller = self.act_if_squashed(caller)?;
         sys::rename(old.fd(), name, new.fd(), newname, flags)
     }

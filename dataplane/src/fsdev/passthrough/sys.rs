@@ -40,6 +40,11 @@ fn check_size(ret: isize) -> Result<usize, Errno> {
 pub(super) struct Fd(i32);
 
 impl Fd {
+    /// Takes a descriptor over.
+    pub(super) fn from_raw(fd: i32) -> Fd {
+        Fd(fd)
+    }
+
     pub(super) fn raw(&self) -> i32 {
         self.0
     }
@@ -148,6 +153,12 @@ pub(super) fn reopen(fd: i32, flags: i32) -> Result<Fd, Errno> {
     let flags = flags | libc::O_CLOEXEC | libc::O_NOCTTY;
     // SAFETY: the path is NUL-terminated.
     check(unsafe { libc::open(path.path().as_ptr(), flags) }).map(Fd)
+}
+
+/// The flags of an open file.
+pub(super) fn flags_of(fd: i32) -> Result<i32, Errno> {
+    // SAFETY: takes no pointer.
+    check(unsafe { libc::fcntl(fd, libc::F_GETFL) })
 }
 
 /// An unnamed file in a directory.
