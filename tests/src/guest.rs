@@ -133,6 +133,26 @@ impl Guest {
         self
     }
 
+    /// Adds a program of the host to the guest's root, with the libraries that it is linked to.
+    ///
+    /// # Errors
+    /// When the libraries cannot be found out.
+    pub fn program(mut self, name: &str, from: &Path) -> Result<Self> {
+        let output = Command::new("ldd").arg(from).output().context("run ldd")?;
+        ensure!(
+            output.status.success(),
+            "ldd knows no libraries of {}",
+            from.display()
+        );
+        for library in String::from_utf8_lossy(&output.stdout)
+            .split_whitespace()
+            .filter(|word| word.starts_with('/'))
+        {
+            self = self.file(library.trim_start_matches('/'), Path::new(library));
+        }
+        Ok(self.file(name, from))
+    }
+
     /// Boots, runs the project's check script on `tag`, and shuts down.
     ///
     /// # Errors

@@ -96,7 +96,7 @@ impl Passthrough {
     ) -> Result<Fd, Errno> {
         let guest = flags as i32;
         let mut host = self.host_flags(guest)?;
-        if guest & libc::O_TRUNC != 0 && self.has(FUSE_ATOMIC_O_TRUNC) {
+        if guest & libc::O_TRUNC != 0 {
             host |= libc::O_TRUNC;
             if open_flags & FUSE_OPEN_KILL_SUIDGID != 0 {
                 self.strip_privileges(caller, fd)?;
@@ -197,7 +197,7 @@ impl Passthrough {
                 Err(Errno::EEXIST) if arg.flags as i32 & libc::O_EXCL == 0 => {}
                 other => return other,
             }
-            // It is there already: open it as OPEN does.
+            // It is there already. The guest takes it for a new one and will not truncate it itself.
             let entry = match self.lookup_in(dir.fd(), dir.mnt(), name) {
                 Err(Errno::ENOENT) => continue,
                 other => other?,

@@ -2,6 +2,7 @@
 
 mod fio;
 mod fsx;
+mod guest;
 mod pjdfstest;
 mod programs;
 mod stress;
@@ -53,6 +54,13 @@ fn check(suite: &dyn Suite) {
 #[test]
 fn a_mount_passes_every_test_of_pjdfstest_that_the_export_passes() {
     check(&pjdfstest::Pjdfstest);
+}
+
+#[test]
+fn a_guest_passes_every_test_of_pjdfstest_that_the_export_passes() {
+    need!(can_mount());
+    need!(guest::InGuests.ready());
+    guest::check().unwrap();
 }
 
 #[test]
