@@ -211,6 +211,14 @@ impl Service {
         self.process.output()
     }
 
+    /// Whether the supervisor runs.
+    ///
+    /// # Errors
+    /// When that cannot be found out.
+    pub fn running(&mut self) -> Result<bool> {
+        self.process.running()
+    }
+
     /// The id of the supervisor.
     #[must_use]
     pub fn id(&self) -> u32 {
