@@ -14,8 +14,14 @@ use std::env;
 use std::path::PathBuf;
 
 /// All of them, in the order of the table.
-pub(crate) const SUITES: [&dyn Suite; 4] =
-    [&pjdfstest::Pjdfstest, &fsx::Fsx, &fio::Fio, &stress::Stress];
+pub(crate) const SUITES: [&dyn Suite; 6] = [
+    &pjdfstest::Pjdfstest,
+    &guest::InGuests,
+    &fsx::Fsx,
+    &fio::Fio,
+    &stress::Stress,
+    &programs::Programs,
+];
 
 /// A program that cargo has installed into the cache of the rigs.
 fn installed(name: &str) -> Result<PathBuf> {
