@@ -33,8 +33,6 @@ pub mod control;
 #[cfg(feature = "std")]
 pub mod cores;
 #[cfg(feature = "std")]
-pub mod cpumask;
-#[cfg(feature = "std")]
 pub mod engine;
 #[cfg(feature = "std")]
 pub mod keeper;

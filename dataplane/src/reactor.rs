@@ -15,7 +15,8 @@ use core::sync::atomic::Ordering;
 
 pub use world::{Backend, DeviceShared, Job, System};
 
-use ferry_shared::counters::CoreCounters;
+use ferry_shared::counters::{CoreCounters, QueuePlace};
+use ferry_shared::trace::{CoreTrace, Point, Record};
 
 use crate::id::{DeviceId, QueueIdx, QueueKind};
 use crate::mem::GuestMap;
@@ -94,6 +95,8 @@ pub struct StartQueue<B, C> {
     pub call: Option<C>,
     /// What the cores share of the device.
     pub shared: Arc<DeviceShared<B>>,
+    /// The queue as the counters name it.
+    pub place: QueuePlace,
 }
 
 /// Counters of one core, for its operator; written by the core only.
@@ -107,6 +110,10 @@ pub struct Counters {
     pub buffer_waits: u64,
     /// Times that a queue was left alone because no slot was free.
     pub slot_waits: u64,
+    /// Slots that are free.
+    pub free_slots: u64,
+    /// Data buffers that are free.
+    pub free_buffers: u64,
 }
 
 /// One core's queues, slots and buffers.
@@ -127,6 +134,8 @@ pub struct Reactor<B, S: System<B>> {
     counters: Counters,
     /// Where finished requests are counted for others to see.
     count_in: Option<CoreCounters>,
+    /// Where traces are written.
+    trace: Option<CoreTrace>,
 }
 
 impl<B: Backend, S: System<B>> Reactor<B, S> {
@@ -147,6 +156,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             early_interrupts: heapless::Deque::new(),
             counters: Counters::default(),
             count_in: None,
+            trace: None,
         }
     }
 
@@ -155,9 +165,46 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         self.count_in = Some(counters);
     }
 
+    /// Traces there from now on.
+    pub fn trace_in(&mut self, trace: CoreTrace) {
+        self.trace = Some(trace);
+    }
+
+    /// Writes a trace record about the queue at `at`, if the point is on.
+    #[inline]
+    fn trace(&self, point: Point, at: u32, args: [u64; 2], sys: &S) {
+        if let Some(trace) = &self.trace
+            && trace.on(point)
+        {
+            let queue = self.queues.get(at as usize).and_then(Option::as_ref);
+            let record = Record {
+                ns: sys.now(),
+                device: queue.map_or(0, |q| q.device.0),
+                queue: queue.map_or(0, |q| q.index.0),
+                args,
+                ..Record::default()
+            };
+            trace.write(point, &record);
+        }
+    }
+
+    /// The same about the request in a slot, by its FUSE number.
+    #[inline]
+    fn trace_slot(&self, point: Point, slot: u32, arg: u64, sys: &S) {
+        if self.trace.as_ref().is_some_and(|trace| trace.on(point))
+            && let Some(meta) = self.slots.get(slot as usize)
+        {
+            self.trace(point, meta.queue, [meta.unique, arg], sys);
+        }
+    }
+
     /// The counters.
     pub fn counters(&self) -> Counters {
-        self.counters
+        Counters {
+            free_slots: self.free.len() as u64,
+            free_buffers: self.pool.available() as u64,
+            ..self.counters
+        }
     }
 
     /// Whether a request is on the ring, so that completions are to be looked for.

@@ -15,7 +15,8 @@
 
 enum { SKIPPED = 77, SECONDS_PER_CHECK = 600 };
 
-static const struct check *const groups[] = { name_checks, data_checks, space_checks, attr_checks, lock_checks, dir_checks };
+static const struct check *const groups[] = { name_checks, data_checks, space_checks, attr_checks, lock_checks, dir_checks,
+	privilege_checks, generic_checks };
 
 static void say(const char *format, va_list args)
 {

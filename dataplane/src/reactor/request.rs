@@ -12,6 +12,7 @@ use core::ptr::NonNull;
 use ferry_shared::counters::{CoreCounters, Finished};
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_DATA_BUFFER, SLOT_INPUT, SLOT_OUTPUT};
+use ferry_shared::trace::Point;
 
 use super::world::{HeldMap, Run};
 use super::{BUDGET, Backend, Ending, Job, Reactor, System};
@@ -35,6 +36,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             return;
         };
         self.touches(at, false);
+        self.trace_slot(Point::OffloadDone, slot, 0, sys);
         self.finish(slot, outcome, sys);
         self.settle(at, sys);
     }
@@ -48,6 +50,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let again = meta.transfer.as_mut().is_some_and(|t| t.advance(result));
         let total = meta.transfer.map_or(result, |t| t.total(result));
         self.touches(at, false);
+        self.trace_slot(Point::IoDone, slot, result as u32 as u64, sys);
         let discard = self.meta(slot).is_some_and(|m| m.discard);
         if again && !discard {
             self.submit(slot, sys);
@@ -59,7 +62,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
 
     /// Takes requests from a queue.
     pub(super) fn serve(&mut self, at: u32, sys: &mut S) -> bool {
-        let mut worked = false;
+        let mut taken = 0u64;
         for _ in 0..BUDGET {
             let Some(q) = self.queues.get_mut(at as usize).and_then(Option::as_mut) else {
                 break;
@@ -87,13 +90,14 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             match q.queue.pop(chain) {
                 Ok(Some(popped)) => {
                     q.in_flight = q.in_flight.saturating_add(1);
-                    worked = true;
+                    taken = taken.wrapping_add(1);
                     self.counters.requests = self.counters.requests.wrapping_add(1);
                     if let Some(meta) = self.slots.get_mut(slot as usize) {
                         meta.queue = at;
                         meta.began = sys.now();
                         meta.head = Some(popped.head);
                     }
+                    self.trace(Point::RequestTaken, at, [u64::from(slot), 0], sys);
                     self.take_in(slot, popped.fault.is_some(), sys);
                 }
                 Ok(None) => {
@@ -108,7 +112,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 }
             }
         }
-        worked
+        if let (Some(counters), 1..) = (&self.count_in, taken) {
+            counters.queue_served(at as usize, taken);
+        }
+        taken > 0
     }
 
     /// Copies a request in and gets its buffers.
@@ -215,6 +222,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         // SAFETY: the slot is the core's; nobody else writes its input.
         let input = unsafe { run.input.as_ref() };
         let opcode = dispatch::opcode(input);
+        self.trace_slot(Point::FuseStart, slot, u64::from(opcode), sys);
         let Some(meta) = self.slots.get_mut(slot as usize) else {
             return;
         };
@@ -240,6 +248,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 backend: device.backend.clone(),
             };
             self.touches(at, true);
+            self.trace_slot(Point::Offload, slot, 0, sys);
             return sys.offload(slot, job);
         }
         // SAFETY: the slot is the core's and stays so until this returns; the queue holds the map.
@@ -313,6 +322,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         if accepted {
             meta.stage = Stage::Submitted;
             self.touches(at, true);
+            self.trace_slot(Point::IoSubmit, slot, 0, sys);
         } else {
             meta.stage = Stage::Unsubmitted;
             self.unsubmitted.push_back(slot);
@@ -368,6 +378,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         if let (Some(counters), Some(written)) = (self.count_in, written) {
             self.count(slot, written, &counters, sys);
         }
+        if self.trace.is_some() {
+            self.trace_release(slot, written, sys);
+        }
         let Some((at, head, discard)) = self.free_slot(slot) else {
             return;
         };
@@ -382,6 +395,23 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             q.in_flight = q.in_flight.saturating_sub(1);
         }
         self.check_stopped(at, sys);
+    }
+
+    /// Traces a request that is answered, or dropped.
+    fn trace_release(&self, slot: u32, written: Option<u32>, sys: &S) {
+        let on = |point| self.trace.as_ref().is_some_and(|trace| trace.on(point));
+        if on(Point::FuseDone)
+            && let Some(meta) = self.slots.get(slot as usize)
+        {
+            let ns = sys.now().saturating_sub(meta.began);
+            self.trace_slot(Point::FuseDone, slot, ns, sys);
+        }
+        self.trace_slot(
+            Point::RequestReturned,
+            slot,
+            written.map_or(0, u64::from),
+            sys,
+        );
     }
 
     /// Counts a request that is answered with so many bytes.

@@ -137,7 +137,6 @@ pub(crate) struct Row {
 
 /// Runs a suite wherever it is to run. Fails with everything that differs from the exports.
 pub(crate) fn check(suite: &dyn Suite) -> Result<()> {
-    let mut rows = Vec::new();
     let mut differences = Vec::new();
     let mut direct: BTreeMap<Backing, Outcomes> = BTreeMap::new();
     for (export, transports) in chosen(&suite.exports()) {
@@ -182,7 +181,9 @@ pub(crate) fn check(suite: &dyn Suite) -> Result<()> {
             })
             .with_context(|| format!("{} on {export}, {transport}", suite.name()))?;
         }
-        rows.push(row);
+        if differences.is_empty() && full() && env::var_os("FERRY_POSIX_TABLE").is_some() {
+            table::rewrite(suite, &[row])?;
+        }
     }
     ensure!(
         differences.is_empty(),
@@ -190,9 +191,6 @@ pub(crate) fn check(suite: &dyn Suite) -> Result<()> {
         suite.name(),
         differences.join("\n")
     );
-    if full() && env::var_os("FERRY_POSIX_TABLE").is_some() {
-        table::rewrite(suite, &rows)?;
-    }
     Ok(())
 }
 

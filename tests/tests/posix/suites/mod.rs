@@ -3,6 +3,7 @@
 mod fio;
 mod fsx;
 mod pjdfstest;
+mod programs;
 mod stress;
 
 use crate::matrix::{self, Suite, can_mount};
@@ -67,4 +68,9 @@ fn what_eight_jobs_write_with_checksums_is_read_back_with_every_engine() {
 #[test]
 fn every_file_system_stressor_ends_as_on_the_export() {
     check(&stress::Stress);
+}
+
+#[test]
+fn programs_find_on_a_mount_what_they_find_on_the_export() {
+    check(&programs::Programs);
 }
