@@ -156,7 +156,7 @@ fn probe(
 
 fn new_file(mount: &Path, name: &str) -> Result<File> {
     let mut how = OpenOptions::new();
-    how.create_new(true).read(true).append(true);
+    how.create_new(true).read(true).write(true);
     how.open(mount.join(name))
         .with_context(|| format!("create {name}"))
 }
@@ -167,6 +167,7 @@ fn writer((mut log, nameless): (File, File), stop: &AtomicBool) -> Result<()> {
     let mut expected = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         let line = format!("{:08x}\n", numbers.below(1 << 30));
+        log.seek(SeekFrom::End(0)).context("seek")?;
         log.write_all(line.as_bytes()).context("append")?;
         expected.extend_from_slice(line.as_bytes());
         log.sync_all().context("fsync")?;
@@ -404,10 +405,9 @@ fn ask(service: &Service, method: &str, params: &Value) -> Result<()> {
 fn survives_stops(over: Over, what: &str) -> Result<()> {
     let rig = Rig::start(over)?;
     let pauses = rig.disturb(times(HANDOVERS)?, |_| {
-        rig.service
-            .call("virtio_fs_device_stop --dev-name vfsdev0")?;
-        rig.service
-            .call("virtio_fs_device_start --dev-name vfsdev0")?;
+        for method in ["virtio_fs_device_stop", "virtio_fs_device_start"] {
+            ask(&rig.service, method, &json!({"dev_name": "vfsdev0"}))?;
+        }
         Ok(())
     })?;
     report(what, &pauses);
