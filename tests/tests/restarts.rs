@@ -4,7 +4,7 @@
 //! `FERRY_KILLS=1000` kills it so often.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Process, TempDir, binary, need, wait_until};
+use ferry_tests::{Numbers, Process, TempDir, binary, need, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -28,19 +28,6 @@ const DEVICES: usize = 4;
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 256;
 const LIMIT: Duration = Duration::from_secs(30);
-
-/// A generator of numbers that a failure can be repeated with.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, limit: usize) -> usize {
-        // xorshift64
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 33).unwrap_or(0) % limit
-    }
-}
 
 struct Rig {
     dir: TempDir,
