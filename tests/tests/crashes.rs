@@ -9,7 +9,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -167,4 +168,128 @@ fn what_is_held_survives_kills_of_the_data_plane_on_a_doca_function() {
 fn what_is_held_survives_kills_of_the_data_plane_on_a_vhost_user_device() {
     need!(can_run());
     what_is_held_survives(vhost_user).unwrap();
+}
+
+/// Changes names as fast as it can; every step must have the outcome of one execution.
+fn churn(top: &Path, number: usize, stop: &AtomicBool) -> Result<u64> {
+    let dir = top.join(format!("churn-{number}"));
+    fs::create_dir(&dir)?;
+    let mut rounds = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let at = |name: &str| dir.join(format!("{name}-{rounds}"));
+        let step = |what: &str| format!("round {rounds}: {what}");
+        fs::create_dir(at("d")).with_context(|| step("mkdir"))?;
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(at("d").join("f"))
+            .with_context(|| step("create"))?;
+        file.write_all_at(&[number as u8; 3000], 0)
+            .with_context(|| step("write"))?;
+        fs::hard_link(at("d").join("f"), at("h")).with_context(|| step("link"))?;
+        fs::rename(at("d").join("f"), at("r")).with_context(|| step("rename"))?;
+        std::os::unix::fs::symlink("target", at("s")).with_context(|| step("symlink"))?;
+        fs::remove_file(at("h")).with_context(|| step("unlink"))?;
+        fs::remove_file(at("s")).with_context(|| step("unlink a link"))?;
+        fs::remove_dir(at("d")).with_context(|| step("rmdir"))?;
+        let bytes = fs::read(at("r")).with_context(|| step("read"))?;
+        ensure!(bytes == [number as u8; 3000], "{}", step("wrong bytes"));
+        drop(file);
+        fs::remove_file(at("r")).with_context(|| step("unlink the file"))?;
+        rounds += 1;
+    }
+    let left = fs::read_dir(&dir)?.count();
+    ensure!(left == 0, "{left} names are left of churner {number}");
+    Ok(rounds)
+}
+
+/// Appends numbers; each must be there once, in order.
+fn append(top: &Path, stop: &AtomicBool) -> Result<u64> {
+    let mut log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(top.join("log"))?;
+    let mut written: u64 = 0;
+    while !stop.load(Ordering::Relaxed) {
+        log.write_all(&written.to_le_bytes()).context("append")?;
+        written += 1;
+        if written.is_multiple_of(64) {
+            log.sync_all().context("fsync")?;
+        }
+    }
+    let bytes = fs::read(top.join("log"))?;
+    let found = bytes
+        .chunks(8)
+        .map(|c| c.try_into().map(u64::from_le_bytes));
+    let found: Vec<u64> = found.collect::<Result<_, _>>()?;
+    ensure!(
+        found.len() as u64 == written,
+        "{} of {written}",
+        found.len()
+    );
+    ensure!(found.into_iter().eq(0..written), "the log is out of order");
+    Ok(written)
+}
+
+fn under_load(start: StartDevice, kills: u32) -> Result<()> {
+    let (mut service, _) = service()?;
+    let socket = start(&service)?;
+    let mount = service.mount(&socket)?;
+    let top = mount.path().to_owned();
+    let stop = AtomicBool::new(false);
+    let mut pauses = Vec::new();
+    std::thread::scope(|scope| {
+        let (top, stop) = (&top, &stop);
+        let churners: Vec<_> = (0..2)
+            .map(|n| scope.spawn(move || churn(top, n, stop)))
+            .collect();
+        let appender = scope.spawn(move || append(top, stop));
+        let mut killed = Ok(());
+        for round in 0..kills {
+            // Nothing but the moment of the kill depends on this.
+            fs::write(top.join("probe"), round.to_le_bytes())?;
+            let began = Instant::now();
+            killed = kill_data_plane(&service).map(drop);
+            if killed.is_err() {
+                break;
+            }
+            fs::write(top.join("probe"), round.to_le_bytes())?;
+            pauses.push(began.elapsed());
+        }
+        stop.store(true, Ordering::Relaxed);
+        for churner in churners {
+            let rounds = churner.join().map_err(|_| anyhow::anyhow!("panic"))??;
+            println!("{rounds} rounds");
+        }
+        let written = appender.join().map_err(|_| anyhow::anyhow!("panic"))??;
+        println!("{written} records");
+        killed
+    })
+    .with_context(|| service.log())?;
+    pauses.sort();
+    println!(
+        "pauses: median {:?}, longest {:?}",
+        pauses.get(pauses.len() / 2),
+        pauses.last()
+    );
+    mount.unmount()?;
+    service.stop()
+}
+
+/// How often the data plane is killed: `FERRY_KILLS`, or a few times.
+fn kills() -> u32 {
+    let given = std::env::var("FERRY_KILLS").ok();
+    given.and_then(|n| n.parse().ok()).unwrap_or(10)
+}
+
+#[test]
+fn kills_under_load_lose_and_double_nothing_on_a_doca_function() {
+    need!(can_run());
+    under_load(doca, kills()).unwrap();
+}
+
+#[test]
+fn kills_under_load_lose_and_double_nothing_on_a_vhost_user_device() {
+    need!(can_run());
+    under_load(vhost_user, kills()).unwrap();
 }

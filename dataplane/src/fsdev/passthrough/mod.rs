@@ -32,6 +32,7 @@ mod locking;
 mod meta;
 mod mounts;
 mod names;
+mod once;
 mod sys;
 mod vault;
 mod xattr;
