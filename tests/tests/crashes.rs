@@ -247,7 +247,9 @@ fn under_load(start: StartDevice, kills: u32) -> Result<()> {
         let mut killed = Ok(());
         for round in 0..kills {
             // Nothing but the moment of the kill depends on this.
-            fs::write(top.join("probe"), round.to_le_bytes())?;
+            for _ in 0..round.wrapping_mul(37) % 100 + 1 {
+                fs::write(top.join("probe"), round.to_le_bytes())?;
+            }
             let began = Instant::now();
             killed = kill_data_plane(&service).map(drop);
             if killed.is_err() {
@@ -276,7 +278,7 @@ fn under_load(start: StartDevice, kills: u32) -> Result<()> {
     service.stop()
 }
 
-/// How often the data plane is killed: `FERRY_KILLS`, or a few times.
+/// How often the data plane is killed: `FERRY_KILLS`, or a few times, for the supervisor takes its time after many.
 fn kills() -> u32 {
     let given = std::env::var("FERRY_KILLS").ok();
     given.and_then(|n| n.parse().ok()).unwrap_or(10)

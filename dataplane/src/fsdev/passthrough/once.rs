@@ -123,7 +123,7 @@ fn holds(fd: i32, at: u64, size: u64, data: Segments<'_>) -> Result<bool, Errno>
     };
     let (mut wanted, mut found) = ([0; 4096], [0; 4096]);
     let (mut at, mut rest) = (at, data);
-    while rest.len() > 0 {
+    while !rest.is_empty() {
         let count = rest.read(&mut wanted);
         let there = found.get_mut(..count).ok_or(Errno::EIO)?;
         if sys::read_at(file.raw(), there, at)? != count || wanted.get(..count) != Some(there) {
