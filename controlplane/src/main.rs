@@ -150,7 +150,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let before = |when| when != When::Runtime;
     config::apply(&app, &initial.entries, before, initial.ignore_errors).await?;
     if !options.wait_for_rpc {
-        app.start_init();
+        app.advance(Phase::Running);
     }
     let stop = stop_signal()?;
     let rpc = async {

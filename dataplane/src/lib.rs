@@ -25,6 +25,8 @@ pub mod mem;
 pub mod pool;
 pub mod reactor;
 pub mod recovery;
+#[cfg(test)]
+mod sim;
 pub mod slot;
 pub mod virtio;
 
@@ -32,8 +34,6 @@ pub mod virtio;
 pub mod control;
 #[cfg(feature = "std")]
 pub mod cores;
-#[cfg(feature = "std")]
-pub mod cpumask;
 #[cfg(feature = "std")]
 pub mod engine;
 #[cfg(feature = "std")]

@@ -3,6 +3,8 @@
 //! Every change is checked completely before anything is touched, so a refused command has changed nothing. Commands that
 //! have to wait for the cores leave a note with the device and are answered when the device has got there.
 
+mod tune;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,7 +15,7 @@ use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_QUEUES_PER_SERVICE, NAME_LEN};
 use ferry_shared::logging;
 use ferry_shared::msg::{
-    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevSpec, Item, Reply,
+    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevKind, FsdevSpec, Item, Reply,
     Service as Facts,
 };
 
@@ -84,6 +86,7 @@ pub struct Service {
     answers: Vec<Answer>,
     events: Vec<Event>,
     keeper: Keeper,
+    tuned: tune::Tuned,
 }
 
 /// A started device as it is kept for a later process.
@@ -135,6 +138,7 @@ impl Service {
             answers: Vec::new(),
             events: Vec::new(),
             keeper,
+            tuned: tune::Tuned::default(),
         }
     }
 
@@ -185,6 +189,17 @@ impl Service {
             Command::DeviceStop { name } => self.device_stop(seq, &name),
             Command::DeviceDestroy { name } => self.device_destroy(seq, &name),
             Command::SetLog(spec) => logging::set(&spec).map(|()| Some(Reply::Done)),
+            Command::Tuning => Ok(Some(self.tuning())),
+            Command::SetPools(pools) => self.set_pools(pools).map(Some),
+            Command::SetScheduler(scheduler) => self.set_scheduler(scheduler).map(Some),
+            Command::PlaceThread { thread, cpus } => self.place_thread(seq, thread, &cpus),
+            Command::SetTrace { mask } => {
+                self.cores.set_trace_mask(mask);
+                Ok(Some(Reply::Done))
+            }
+            Command::LockCpus { lock } => self.lock_cpus(lock).map(Some),
+            Command::CountContextSwitches { count } => Ok(Some(self.monitor_switches(count))),
+            Command::PciDevices { from } => Ok(Some(self.pci_devices(from))),
         };
         match result {
             Ok(Some(reply)) => self.answers.push((seq, Ok(reply))),
@@ -209,6 +224,7 @@ impl Service {
     pub fn forget_caller(&mut self) {
         self.answers.clear();
         self.events.clear();
+        self.tuned.leaving.clear();
         for next in self.devices.iter_mut().filter_map(|d| d.next.as_mut()) {
             next.forget_seq();
         }
@@ -335,10 +351,10 @@ impl Service {
             return refuse(Errno::EEXIST, format!("fsdev {} exists already", spec.name));
         }
         // One is made in any case: it is what finds out whether the export can be used.
-        drop(AnyFsDev::new(&spec)?);
+        drop(AnyFsDev::new(self.resolved(&spec)?)?);
         for device in self.devices.iter().filter(|d| d.spec.fsdev == spec.name) {
             let name = device.id.0.to_string();
-            let (backend, _) = AnyFsDev::lasting(&spec, &name, &self.keeper)?;
+            let (backend, _) = AnyFsDev::lasting(self.resolved(&spec)?, &name, &self.keeper)?;
             device.shared.set_backend(Some(Arc::new(backend)));
         }
         tracing::info!(fsdev = spec.name, "created");
@@ -347,9 +363,34 @@ impl Service {
         Ok(())
     }
 
+    /// Makes the backend of an fsdev for one device. One that hands everything on is what it hands on to.
+    fn resolved<'a>(&'a self, mut spec: &'a FsdevSpec) -> Result<&'a FsdevSpec, Failure> {
+        while let FsdevKind::Passthru { base } = &spec.kind {
+            // What is handed on to is older, so this ends.
+            let Some(below) = self.fsdevs.get(base) else {
+                let detail = format!(
+                    "fsdev {} hands on to fsdev {base}, which does not exist",
+                    spec.name
+                );
+                return refuse(Errno::ENODEV, detail);
+            };
+            spec = below;
+        }
+        Ok(spec)
+    }
+
     fn fsdev_delete(&mut self, name: &str) -> Result<(), Failure> {
         if !self.fsdevs.contains_key(name) {
             return refuse(Errno::ENODEV, format!("there is no fsdev {name}"));
+        }
+        let on_it =
+            |spec: &&FsdevSpec| matches!(&spec.kind, FsdevKind::Passthru { base } if base == name);
+        if let Some(above) = self.fsdevs.values().find(on_it) {
+            let detail = format!(
+                "fsdev {} hands on to fsdev {name}; delete it first",
+                above.name
+            );
+            return refuse(Errno::EBUSY, detail);
         }
         let users = || self.devices.iter().filter(|d| d.spec.fsdev == name);
         if let Some(user) = users().find(|d| d.shared.session.mounted()) {
@@ -433,7 +474,10 @@ impl Service {
     fn open(&mut self, id: DeviceId, spec: DeviceSpec, paused: bool) -> Result<(), Failure> {
         let adopted = self.keeper.load::<DeviceV1>(&device_key(id)).is_some();
         let name = id.0.to_string();
-        let lasting = |fsdev| AnyFsDev::lasting(fsdev, &name, &self.keeper);
+        let lasting = |fsdev| {
+            self.resolved(fsdev)
+                .and_then(|fsdev| AnyFsDev::lasting(fsdev, &name, &self.keeper))
+        };
         let mut goes_on = false;
         let backend = match self.fsdevs.get(&spec.fsdev).map(lasting) {
             Some(Ok((backend, there))) => {
@@ -571,6 +615,7 @@ impl Service {
 
     /// Goes on with devices that have become quiet, and reports connections that came or went.
     fn settle(&mut self) {
+        self.settle_moves();
         for device in &mut self.devices {
             device.notice_changes(&mut self.events);
         }

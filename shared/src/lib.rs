@@ -6,6 +6,8 @@
 extern crate alloc;
 
 pub mod counters;
+#[cfg(feature = "std")]
+pub mod cpumask;
 pub mod errno;
 pub mod export;
 #[cfg(all(feature = "std", not(loom)))]
@@ -16,3 +18,7 @@ pub mod logging;
 pub mod msg;
 pub mod region;
 pub mod ring;
+#[cfg(all(feature = "std", not(loom)))]
+mod sealed;
+pub mod trace;
+pub mod tuning;

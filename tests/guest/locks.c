@@ -260,6 +260,74 @@ static void killed_holder(void)
 	OK(lock(fd, F_SETLKW, F_WRLCK, 0, 0));
 }
 
+static void wait_in_a_circle(void)
+{
+	char byte;
+	int one = OK(open("one", O_RDWR)), two = OK(open("two", O_RDWR));
+	OK(lock(two, F_SETLK, F_WRLCK, 0, 0));
+	EQUAL(write(shared.pipe[1], "h", 1), 1);
+	EQUAL(read(shared.pipe[0], &byte, 1), 1);
+	OK(lock(one, F_SETLKW, F_WRLCK, 0, 0));
+}
+
+/* Whichever request comes second is the one that would close the circle. */
+static void deadlock(void)
+{
+	char byte;
+	share();
+	int one = create_file("one", ""), two = create_file("two", ""), status;
+	OK(lock(one, F_SETLK, F_WRLCK, 0, 0));
+	int back[2];
+	OK(pipe(back));
+	int there[2] = { shared.pipe[0], shared.pipe[1] };
+	shared.pipe[0] = back[0];
+	pid_t pid = start_child(wait_in_a_circle);
+	EQUAL(read(there[0], &byte, 1), 1);
+	EQUAL(write(back[1], "g", 1), 1);
+	int result = lock(two, F_SETLKW, F_WRLCK, 0, 0), error = errno;
+	OK(lock(one, F_SETLK, F_UNLCK, 0, 0));
+	OK(waitpid(pid, &status, 0));
+	if (result == -1) {
+		REQUIRE(error == EDEADLK, "the wait that would never end gives %s", strerror(error));
+		REQUIRE(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the other side of the deadlock failed too");
+	} else {
+		REQUIRE(WIFEXITED(status) && WEXITSTATUS(status) == 1, "neither side of a deadlock was told");
+	}
+}
+
+static pid_t holders[3];
+
+static void hold_one_part(void)
+{
+	int fd = OK(open("f", O_RDWR));
+	OK(lock(fd, F_SETLK, F_WRLCK, *shared.step * 10, 10));
+	EQUAL(write(shared.pipe[1], "h", 1), 1);
+	for (;;)
+		pause();
+}
+
+static void name_the_holder(void)
+{
+	char byte;
+	share();
+	int fd = create_file("f", "");
+	for (int i = 0; i < 3; i++) {
+		*shared.step = i;
+		holders[i] = start_child(hold_one_part);
+		EQUAL(read(shared.pipe[0], &byte, 1), 1);
+	}
+	for (int i = 0; i < 3; i++) {
+		struct flock found = range(F_RDLCK, i * 10 + 5, 1);
+		OK(fcntl(fd, F_GETLK, &found));
+		EQUAL(found.l_type, F_WRLCK);
+		EQUAL(found.l_start, i * 10);
+		EQUAL(found.l_len, 10);
+		EQUAL(found.l_pid, holders[i]);
+	}
+	for (int i = 0; i < 3; i++)
+		OK(kill(holders[i], SIGKILL));
+}
+
 const struct check lock_checks[] = {
 	{ "record locks between processes", posix_locks_conflict },
 	{ "record locks split and end with close", posix_locks_split_and_end },
@@ -269,5 +337,7 @@ const struct check lock_checks[] = {
 	{ "blocking flock", blocking_whole_file_lock },
 	{ "record lock interrupted by a signal", interrupted_lock },
 	{ "locks of a killed process end", killed_holder },
+	{ "deadlock is told", deadlock },
+	{ "the holder of a lock among several", name_the_holder },
 	{ 0 },
 };

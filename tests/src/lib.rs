@@ -18,7 +18,7 @@ mod temp;
 pub use guest::{Device, Guest, Kernel, Outcome};
 pub use process::{Process, wait_until};
 pub use rigs::{Rigs, build_checks};
-pub use service::{HostMount, Reply, Service, ServiceConfig, binary};
+pub use service::{HostMount, Reply, Service, ServiceConfig, binary, can_mount};
 pub use temp::TempDir;
 
 use std::io::Write;

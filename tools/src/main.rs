@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Ferry: virtio-fs devices for hosts and virtual machines.
 #[derive(Parser)]
@@ -14,12 +14,19 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Print a script that completes command lines, for bash, zsh or fish.
+    Completion(ferry_tools::completion::Args),
+    /// What the scripts of `completion` call.
+    #[command(hide = true)]
+    Complete(ferry_tools::completion::Words),
     /// Put load on virtio-fs devices and measure them.
     Bench(ferry_tools::bench::Args),
     /// Attach to a function from this host and mount it through the kernel's FUSE.
     Mount(ferry_tools::mount::Args),
     /// Show what the service does: cores, devices, operations, latencies.
     Top(ferry_tools::top::Args),
+    /// Print what the cores have written down at their trace points.
+    Trace(ferry_tools::trace::Args),
     /// Start and supervise both processes, for machines without a service manager.
     Up(Box<ferry_tools::up::Args>),
     /// Send RPCs to the control plane; `ferry rpc -h` lists them.
@@ -33,9 +40,12 @@ fn main() -> ExitCode {
         return ferry_tools::rpc::run(words);
     }
     let outcome = match Cli::parse().command {
+        Command::Completion(args) => ferry_tools::completion::run(&args),
+        Command::Complete(words) => ferry_tools::completion::complete(&words, &Cli::command()),
         Command::Bench(args) => ferry_tools::bench::run(&args),
         Command::Mount(args) => ferry_tools::mount::run(&args),
         Command::Top(args) => ferry_tools::top::run(&args),
+        Command::Trace(args) => ferry_tools::trace::run(&args),
         Command::Up(args) => ferry_tools::up::run(*args),
         Command::Rpc => return ferry_tools::rpc::run(std::iter::empty()),
     };

@@ -3,6 +3,9 @@
 //! Long options may be shortened as long as they stay unique, values may follow after `=`, and the value of a short
 //! option may follow at once, as users of the original tool expect.
 
+pub mod complete;
+mod reference;
+
 use core::fmt::Write;
 
 use serde_json::Map;
@@ -13,6 +16,7 @@ use super::table::Kind;
 use super::table::METHODS;
 use super::table::Method;
 use super::table::Param;
+pub use reference::reference;
 
 /// A command, ready to be sent.
 pub struct Invocation {
@@ -42,12 +46,14 @@ pub enum CliError {
         nearest: Option<&'static str>,
     },
     /// The method has no such option.
-    #[error("{method}: there is no option {option}; {method} -h lists the options")]
+    #[error("{method}: there is no option {option}{}; {method} -h lists the options", hint(.nearest))]
     UnknownOption {
         /// The method.
         method: &'static str,
         /// The option.
         option: String,
+        /// The option that was probably meant.
+        nearest: Option<&'static str>,
     },
     /// A shortened option fits several.
     #[error("{method}: option {option} is ambiguous: {}", .candidates.join(", "))]
@@ -163,7 +169,7 @@ impl Parser {
             Kind::Number => {
                 Value::from(parse_number(word).ok_or_else(|| bad("a number from 0 to 4294967295"))?)
             }
-            Kind::Big => Value::from(word.parse::<u64>().map_err(|_| bad("a number"))?),
+            Kind::Big => Value::from(parse_big(word).ok_or_else(|| bad("a number"))?),
             Kind::Signed => Value::from(word.parse::<i32>().map_err(|_| bad("a whole number"))?),
             Kind::Flag | Kind::OldFlag => match word.to_ascii_lowercase().as_str() {
                 "true" | "1" | "yes" | "on" => Value::Bool(true),
@@ -231,6 +237,7 @@ impl Parser {
         CliError::UnknownOption {
             method: self.method.name,
             option: option.to_owned(),
+            nearest: closest(option, self.options().map(|(known, ..)| known)),
         }
     }
 
@@ -309,8 +316,12 @@ impl Parser {
 
 /// Numbers may be hexadecimal: the guide writes sizes so.
 fn parse_number(word: &str) -> Option<u32> {
+    parse_big(word).and_then(|number| u32::try_from(number).ok())
+}
+
+fn parse_big(word: &str) -> Option<u64> {
     match word.strip_prefix("0x").or_else(|| word.strip_prefix("0X")) {
-        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
         None => word.parse().ok(),
     }
 }
@@ -332,13 +343,17 @@ fn how_to_give(param: &Param) -> String {
 
 /// The method whose name is closest, if any is close.
 pub fn nearest(name: &str) -> Option<&'static str> {
+    closest(name, METHODS.iter().map(|method| method.name))
+}
+
+/// Which of these names is closest, if any is close.
+fn closest(name: &str, known: impl Iterator<Item = &'static str>) -> Option<&'static str> {
     let limit = name.len() / 3 + 1;
-    METHODS
-        .iter()
-        .map(|method| (distance(name, method.name), method.name))
+    known
+        .map(|known| (distance(name, known), known))
         .filter(|(distance, _)| *distance <= limit)
         .min()
-        .map(|(_, name)| name)
+        .map(|(_, known)| known)
 }
 
 /// Edit distance by bytes.

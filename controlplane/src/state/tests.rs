@@ -16,6 +16,8 @@ fn state(name: &str) -> StateV1 {
         transports: Vec::new(),
         managers: Vec::new(),
         devices: Vec::new(),
+        disabled: Vec::new(),
+        wishes: WishesV1::default(),
     }
 }
 

@@ -74,6 +74,10 @@ impl AnyFsDev {
                 Ok(AnyFsDev::Aio(Box::new(aio(of).map_err(name_it)?)))
             }
             FsdevKind::Null => Ok(AnyFsDev::Null(Null)),
+            FsdevKind::Passthru { base } => Err(Failure::new(
+                Errno::ENODEV,
+                format!("fsdev {} is nothing without fsdev {base}", spec.name),
+            )),
         }
     }
 

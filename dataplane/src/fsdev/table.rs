@@ -472,6 +472,11 @@ impl<'a, R: Record> Pinned<'a, R> {
         self.slot.state.fetch_and(!LIVE, AcqRel) & LIVE != 0
     }
 
+    /// Whether it has not been ended, see [`Pinned::kill`].
+    pub fn is_alive(&self) -> bool {
+        self.slot.state.load(Acquire) & LIVE != 0
+    }
+
     /// Whether this is the only pin. Only a hint, unless all pins are taken under a lock that the caller holds.
     pub fn is_sole(&self) -> bool {
         self.slot.state.load(Acquire) & PINS == PIN

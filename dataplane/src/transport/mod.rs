@@ -22,7 +22,7 @@ use ferry_shared::msg::{DeviceSpec, Failure};
 
 use self::vfio_user::VfioUser;
 use self::vhost_user::VhostUser;
-use crate::engine::{CoreEvent, Cores, DeviceId};
+use crate::engine::{CoreEvent, Cores, DeviceId, QueueIdx};
 use crate::keeper::Keeper;
 use crate::os::poller::Poller;
 use crate::platform::StaticFunction;
@@ -107,6 +107,22 @@ impl Transport {
         match self {
             Transport::VhostUser(device) => device.resume(cores),
             Transport::VfioUser(device) => device.resume(cores),
+        }
+    }
+
+    /// Stops a running queue where it stands and starts it again, for the cores to place it anew.
+    pub fn start_again(&mut self, index: QueueIdx, cores: &mut dyn Cores) {
+        match self {
+            Transport::VhostUser(device) => device.start_again(index, cores),
+            Transport::VfioUser(device) => device.start_again(index, cores),
+        }
+    }
+
+    /// The PCIe configuration space that the driver sees, if there is one.
+    pub fn pci_config(&self) -> Option<[u8; 256]> {
+        match self {
+            Transport::VhostUser(_) => None,
+            Transport::VfioUser(device) => Some(device.pci_config()),
         }
     }
 

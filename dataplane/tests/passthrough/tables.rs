@@ -133,6 +133,66 @@ fn a_full_inode_table_recovers() {
     rig.look(ROOT, "f9").unwrap();
 }
 
+/// What an NFS server in the guest asks for after its kernel has dropped the inode.
+#[test]
+fn a_forgotten_inode_is_found_again_by_its_node_id() {
+    let rig = Rig::on_disk();
+    let d = rig.mkdir(ROOT, "d").unwrap().nodeid;
+    let (f, fh) = rig.create(d, "f");
+    rig.release(f.nodeid, fh);
+    let fds = rig.fds();
+    rig.forget(f.nodeid);
+    rig.forget(d);
+    assert_eq!(rig.fds(), fds - 2, "it costs no descriptor");
+    assert_eq!(rig.fs.usage(), (1, 0, 0));
+    let again = rig.look(f.nodeid, ".").unwrap();
+    assert_eq!((again.nodeid, again.attr.ino), (f.nodeid, f.attr.ino));
+    assert_eq!(rig.look(d, "..").unwrap().nodeid, ROOT);
+    assert_eq!(rig.look(d, ".").unwrap().nodeid, d);
+    assert_eq!(rig.fs.usage().0, 3);
+    rig.forget(d);
+    assert_eq!(rig.look(ROOT, "d").unwrap().nodeid, d, "by name too");
+    rig.forget(f.nodeid);
+    fs::remove_file(rig.top.join("d/f")).unwrap();
+    assert_eq!(rig.look(f.nodeid, ".").unwrap_err(), Errno::ESTALE);
+    rig.mount(u64::MAX);
+    assert_eq!(rig.look(d, ".").unwrap_err(), Errno::ESTALE);
+}
+
+#[test]
+fn a_removed_inode_is_not_remembered() {
+    let rig = Rig::new();
+    let (f, fh) = rig.create(ROOT, "f");
+    rig.fs.unlink(&root(), ROOT, &name("f")).unwrap();
+    rig.release(f.nodeid, fh);
+    rig.forget(f.nodeid);
+    assert_eq!(rig.look(f.nodeid, ".").unwrap_err(), Errno::ESTALE);
+    assert_eq!(rig.fds(), Rig::new().fds());
+}
+
+#[test]
+fn forgotten_inodes_make_way_for_others() {
+    let capacity = Capacity {
+        inodes: 16,
+        ..Default::default()
+    };
+    let rig = Rig::sized("/dev/shm", capacity, |_| {});
+    for i in 0..200 {
+        fs::write(rig.top.join(format!("f{i}")), "").unwrap();
+        let f = rig.look(ROOT, &format!("f{i}")).unwrap();
+        rig.forget(f.nodeid);
+        assert_eq!(rig.look(f.nodeid, ".").unwrap().nodeid, f.nodeid);
+        rig.forget(f.nodeid);
+    }
+    let kept: Vec<_> = (0..15)
+        .map(|i| rig.look(ROOT, &format!("f{i}")).unwrap().nodeid)
+        .collect();
+    assert_eq!(rig.look(ROOT, "f99").unwrap_err(), Errno::ENFILE);
+    assert_eq!(rig.fs.usage().0, 16);
+    rig.forget(kept[3]);
+    rig.look(ROOT, "f99").unwrap();
+}
+
 #[test]
 fn a_full_handle_table_leaves_nothing_behind() {
     let capacity = Capacity {

@@ -1,6 +1,6 @@
 //! `tests/POSIX.md`: what the suites came to, one section for each, one row for each export.
 
-use crate::matrix::{Row, Suite, TRANSPORTS};
+use crate::matrix::{Export, Row, Suite, TRANSPORTS};
 use crate::suites::SUITES;
 use anyhow::{Context, Result, bail, ensure};
 use ferry_tests::repository;
@@ -23,19 +23,35 @@ fn heading(suite: &dyn Suite) -> String {
     format!("\n## {}\n", suite.name())
 }
 
-fn row(row: &Row) -> String {
-    let export = row.export;
-    let mut line = format!("| {} |", cells(&export).join(" | "));
-    line.push_str(&format!(" {} |", row.direct));
-    for transport in TRANSPORTS {
-        let counts = row.mounts.get(&transport).map_or("not run", String::as_str);
-        line.push_str(&format!(" {counts} |"));
-    }
-    line.push('\n');
-    line
+fn cells_of(line: &str) -> Vec<&str> {
+    line.trim_matches('|').split('|').map(str::trim).collect()
 }
 
-fn cells(export: &crate::matrix::Export) -> [String; 3] {
+/// The line of an export: what has run now, and else what an earlier run has left there.
+fn line(export: &Export, new: &[Row], old: &str) -> String {
+    let key = cells(export);
+    let before = old
+        .lines()
+        .map(cells_of)
+        .find(|cells| cells.starts_with(&key.each_ref().map(String::as_str)));
+    let kept = |column: usize| {
+        let cells = before.as_ref()?;
+        cells.get(key.len() + column).map(|cell| (*cell).to_owned())
+    };
+    let now = new.iter().find(|row| row.export == *export);
+    let mut counts = vec![now.map(|row| row.direct.clone()).or_else(|| kept(0))];
+    for (number, transport) in TRANSPORTS.into_iter().enumerate() {
+        let ran = now.and_then(|row| row.mounts.get(&transport).cloned());
+        counts.push(ran.or_else(|| kept(1 + number)));
+    }
+    let counts = counts
+        .into_iter()
+        .map(|count| count.unwrap_or_else(|| "not run".into()));
+    let all: Vec<String> = key.into_iter().chain(counts).collect();
+    format!("| {} |\n", all.join(" | "))
+}
+
+fn cells(export: &Export) -> [String; 3] {
     [
         export.backing.to_string(),
         export.cache.to_owned(),
@@ -57,13 +73,14 @@ fn sections(text: &str) -> Vec<(&'static dyn Suite, String)> {
         .collect()
 }
 
-/// Replaces the section of one suite.
+/// Brings the section of one suite up to date with what has run.
 pub(crate) fn rewrite(suite: &dyn Suite, rows: &[Row]) -> Result<()> {
     let old = fs::read_to_string(path()).unwrap_or_default();
     let mut text = HEAD.to_owned();
     for (other, body) in sections(&old) {
         let body = if other.name() == suite.name() {
-            let rows: String = rows.iter().map(row).collect();
+            let exports = suite.exports();
+            let rows: String = exports.iter().map(|e| line(e, rows, &body)).collect();
             format!("{}\n\n{COLUMNS}{}", suite.about(), rows.trim_end())
         } else {
             body
@@ -92,10 +109,7 @@ fn check_section(suite: &dyn Suite, body: &str) -> Result<()> {
     let Some((_, rows)) = body.split_once(COLUMNS) else {
         bail!("it has no table with the usual columns");
     };
-    let rows: Vec<Vec<&str>> = rows
-        .lines()
-        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
-        .collect();
+    let rows: Vec<Vec<&str>> = rows.lines().map(cells_of).collect();
     let named: Vec<[String; 3]> = rows
         .iter()
         .filter_map(|row| match row[..] {

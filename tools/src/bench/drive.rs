@@ -408,8 +408,10 @@ impl<'a> Load<'a> {
             self.free_forget_slots.push(done.cookie as u32);
         }
         let mut sent = false;
-        while let (Some(&nodeid), Some(slot)) = (self.forgets.last(), self.free_forget_slots.pop())
+        while let (Some(&nodeid), Some(&slot)) =
+            (self.forgets.last(), self.free_forget_slots.last())
         {
+            self.free_forget_slots.pop();
             let arg = fuse_forget_in { nlookup: 1 };
             let request = Request::new(FUSE_FORGET, nodeid, arg.as_bytes());
             let slot = self.target.forget_slots[slot as usize];

@@ -99,6 +99,11 @@ impl Client {
         }
     }
 
+    /// Whether standard input holds the commands.
+    pub(super) fn commands_on_stdin(&self) -> bool {
+        self.options.commands_on_stdin
+    }
+
     /// Whether the next requests are logged, apart from what the options say.
     pub(super) fn set_verbose(&mut self, verbose: bool) {
         self.verbose = verbose || self.options.verbose;
@@ -118,7 +123,7 @@ impl Client {
             request["params"] = json!(params);
         }
         if self.options.dry_run {
-            writeln!(out, "{request:#}").map_err(CallError::Print)?;
+            writeln!(out, "Request:\n{request:#}").map_err(CallError::Print)?;
             return Ok(None);
         }
         if self.verbose {

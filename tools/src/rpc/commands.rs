@@ -47,25 +47,22 @@ pub(super) fn run(
                 .get("include_aliases")
                 .and_then(Value::as_bool)
                 .unwrap_or(false);
-            load(
-                client,
-                config::parse(&read(text("json_conf"))?)?,
-                aliases,
-                out,
-            )
+            let entries = config::parse(&read(client, text("json_conf"))?)?;
+            load(client, entries, aliases, out)
         }
-        ClientCommand::LoadSubsystemConfig => load(
-            client,
-            config::parse_subsystem(&read(text("json_conf"))?)?,
-            false,
-            out,
-        ),
+        ClientCommand::LoadSubsystemConfig => {
+            let entries = config::parse_subsystem(&read(client, text("json_conf"))?)?;
+            load(client, entries, false, out)
+        }
     }
 }
 
-fn read(path: Option<&str>) -> Result<String, Failure> {
+fn read(client: &Client, path: Option<&str>) -> Result<String, Failure> {
     if let Some(path) = path.filter(|path| *path != "-") {
         return Ok(config::read_file(Path::new(path))?);
+    }
+    if client.commands_on_stdin() {
+        return Err(Failure::CommandsOnStdin);
     }
     let mut text = String::new();
     std::io::stdin()

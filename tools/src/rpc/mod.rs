@@ -7,6 +7,7 @@
 mod client;
 mod commands;
 mod options;
+mod server;
 #[cfg(test)]
 mod tests;
 
@@ -29,8 +30,11 @@ use serde_json::Value;
 
 pub(crate) use client::CallError;
 pub(crate) use client::Client;
+pub(crate) use options::Globals;
 use options::Options;
 use options::OptionsError;
+pub(crate) use options::described;
+pub(crate) use options::globals;
 
 /// Names of the program under which the tool is this command.
 pub const NAMES: [&str; 3] = ["spdk_rpc.py", "spdk_rpc", "rpc.py"];
@@ -47,6 +51,14 @@ pub(crate) enum Failure {
     /// A line of the script is wrong.
     #[error(transparent)]
     Script(#[from] ScriptError),
+    /// A line of the script has failed.
+    #[error("line {number}: {failure}")]
+    Line {
+        /// Number of the line where the command begins.
+        number: usize,
+        /// What has happened.
+        failure: Box<Failure>,
+    },
     /// A request has failed.
     #[error(transparent)]
     Call(#[from] CallError),
@@ -59,6 +71,14 @@ pub(crate) enum Failure {
     /// Standard input cannot be read or standard output not written.
     #[error("{0}: {1}")]
     Stream(&'static str, std::io::Error),
+    /// A configuration would have to be read from where the commands come from.
+    #[error(
+        "standard input holds the commands, so no configuration can be read there; name its file with -j"
+    )]
+    CommandsOnStdin,
+    /// A method beside an option that takes its methods from elsewhere.
+    #[error("--server reads its methods from standard input; {0:?} cannot be given too")]
+    TooMuch(String),
     /// Nothing to do.
     #[error("no method is given, and standard input is a terminal; ferry rpc -h lists the methods")]
     NothingToDo,
@@ -67,7 +87,10 @@ pub(crate) enum Failure {
 impl Failure {
     fn status(&self) -> u8 {
         match self {
-            Failure::Options(_) | Failure::Command(_) | Failure::NothingToDo => 2,
+            Failure::Options(_)
+            | Failure::Command(_)
+            | Failure::TooMuch(_)
+            | Failure::NothingToDo => 2,
             _ => 1,
         }
     }
@@ -103,15 +126,21 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn run_words(words: &[String], out: &mut dyn Write) -> Result<(), Failure> {
-    let (options, rest) = Options::parse(words)?;
+    let (mut options, rest) = Options::parse(words)?;
     if options.help {
         return print(
             out,
             &format!("{}\nmethods:\n{}", options::USAGE, cli::list()),
         );
     }
-    let mut client = Client::new(options);
+    if options.reference {
+        return print(out, &cli::reference());
+    }
+    if options.server {
+        return server::run(&options, rest, std::io::stdin().lock(), out);
+    }
     if let [name, words @ ..] = rest {
+        let mut client = Client::new(options);
         return execute(&mut client, cli::parse(name, words)?, out);
     }
     if std::io::stdin().is_terminal() {
@@ -121,7 +150,8 @@ fn run_words(words: &[String], out: &mut dyn Write) -> Result<(), Failure> {
     std::io::stdin()
         .read_to_string(&mut text)
         .map_err(|error| Failure::Stream("cannot read standard input", error))?;
-    run_script(&mut client, &text, out)
+    options.commands_on_stdin = true;
+    run_script(&mut Client::new(options), &text, out)
 }
 
 /// Runs the commands of a script up to the first that fails.
@@ -129,7 +159,10 @@ fn run_script(client: &mut Client, text: &str, out: &mut dyn Write) -> Result<()
     for line in Script::new(text) {
         let line = line?;
         client.set_verbose(line.verbose);
-        execute(client, line.parsed, out)?;
+        execute(client, line.parsed, out).map_err(|failure| Failure::Line {
+            number: line.number,
+            failure: Box::new(failure),
+        })?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 pub(super) const USAGE: &str = "\
 usage: ferry rpc [-h] [-s SOCKET] [-t SECONDS] [-r RETRIES] [-v] [--verbose LEVEL] [--dry-run] [--plugin X]
-                 [METHOD [ARGUMENTS]]
+                 [--server | --reference | METHOD [ARGUMENTS]]
 
 Without a method, commands are read from standard input, one per line.
 
@@ -17,6 +17,9 @@ options:
   --verbose LEVEL           the same for INFO and DEBUG; ERROR does not
   --dry-run                 print requests instead of sending them
   --plugin X                accepted for compatibility: every method is built in
+  --server                  read command lines from standard input, options included, and after each print its output
+                            and then **STATUS=0 if it has succeeded, **STATUS=1 if not; a failure does not end it
+  --reference               print the reference of all methods as Markdown
   METHOD -h                 explains a method
 ";
 
@@ -28,7 +31,11 @@ pub(super) struct Options {
     pub(super) retries: u32,
     pub(super) verbose: bool,
     pub(super) dry_run: bool,
+    pub(super) server: bool,
+    pub(super) reference: bool,
     pub(super) help: bool,
+    /// Whether standard input holds the commands, so that nothing else can be read there.
+    pub(super) commands_on_stdin: bool,
 }
 
 /// Why they say nothing.
@@ -63,13 +70,21 @@ impl Options {
             retries: 0,
             verbose: false,
             dry_run: false,
+            server: false,
+            reference: false,
             help: false,
+            commands_on_stdin: false,
         }
     }
 
     /// Parses the words before the method; gives the others.
     pub(super) fn parse(words: &[String]) -> Result<(Options, &[String]), OptionsError> {
-        let mut options = Options::new();
+        Options::new().and(words)
+    }
+
+    /// As `parse`, where what the words do not say is as here.
+    pub(super) fn and(self, words: &[String]) -> Result<(Options, &[String]), OptionsError> {
+        let mut options = self;
         let mut rest = words;
         while let [word, tail @ ..] = rest {
             if !word.starts_with('-') || word.len() == 1 {
@@ -129,11 +144,48 @@ impl Options {
                 };
             }
             "--dry-run" | "--dry_run" => self.dry_run = true,
+            "--server" => self.server = true,
+            "--reference" => self.reference = true,
             "--plugin" => drop(value()?),
             _ => return Err(OptionsError::Unknown(option.to_owned())),
         }
         Ok(())
     }
+}
+
+/// How far words before the method go, for completion.
+pub(crate) enum Globals<'a> {
+    /// The last of them is an option without its value.
+    Value(String),
+    /// They are whole.
+    Complete {
+        /// The socket that they name.
+        socket: PathBuf,
+        /// The method and its arguments.
+        rest: &'a [String],
+    },
+}
+
+/// Looks at the words before the method; `None` when they are wrong.
+pub(crate) fn globals(words: &[String]) -> Option<Globals<'_>> {
+    match Options::parse(words) {
+        Ok((options, rest)) => Some(Globals::Complete {
+            socket: options.socket,
+            rest,
+        }),
+        Err(OptionsError::NoValue(option)) => Some(Globals::Value(option)),
+        Err(_) => None,
+    }
+}
+
+/// The options before the method, as the usage describes them, each by its last spelling.
+pub(crate) fn described() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let lines = USAGE.lines().filter(|line| line.starts_with("  -"));
+    lines.filter_map(|line| {
+        let (names, help) = line.trim_start().split_once("  ")?;
+        let last = names.rsplit(", ").next()?;
+        Some((last.split(' ').next()?, help.trim_start()))
+    })
 }
 
 /// Splits `--option=value` and `-ovalue`.

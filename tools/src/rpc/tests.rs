@@ -267,7 +267,9 @@ fn a_dry_run_prints_requests_and_needs_no_service() {
     .map(str::to_owned);
     let mut out = Vec::new();
     run_words(&words, &mut out).unwrap();
-    let request: Value = serde_json::from_slice(&out).unwrap();
+    let printed = String::from_utf8(out).unwrap();
+    let request = printed.strip_prefix("Request:\n").unwrap();
+    let request: Value = serde_json::from_str(request).unwrap();
     assert_eq!(request["method"], "virtio_fs_transport_create");
     assert_eq!(request["params"]["transport_name"], "DOCA");
 }
@@ -361,4 +363,69 @@ fn the_names_of_the_original_tool_mean_this_command() {
             "{line}"
         );
     }
+}
+
+fn serve(service: &Service, text: &str) -> String {
+    let (options, rest) = Options::parse(&[]).unwrap();
+    let mut out = Vec::new();
+    let socket = service.path("rpc.sock");
+    let text = text.replace("SOCKET", &socket);
+    server::run(&options, rest, text.as_bytes(), &mut out).unwrap();
+    String::from_utf8(out).unwrap()
+}
+
+#[test]
+fn in_server_mode_every_line_has_its_own_options_output_and_status() {
+    let service = Service::start("lines", false);
+    let lines = "\
+-s SOCKET virtio_fs_transport_create -t DOCA
+-s SOCKET virtio_fs_transport_create -t DOCA
+
+# nothing
+-s SOCKET virtio_fs_nosuch
+-s SOCKET 'open
+-s SOCKET
+--nosuch
+-s /nowhere spdk_get_version
+-s SOCKET load_config
+-v -t 5 -s SOCKET fsdev_aio_create a '/s rv'
+-s SOCKET virtio_fs_transport_start -h";
+    let printed = serve(&service, lines);
+    let blocks: Vec<&str> = printed.split_inclusive("**STATUS=").collect();
+    let statuses: String = printed
+        .lines()
+        .filter_map(|line| line.strip_prefix("**STATUS="))
+        .collect();
+    assert_eq!(statuses, "010011111100", "{printed}");
+    // What was answered is there before the status; nothing else is printed for a wrong command line.
+    assert_eq!(blocks[0], "**STATUS=");
+    assert!(blocks[1].contains("\"code\": -17"), "{printed}");
+    assert_eq!(blocks[4], "0\n**STATUS=");
+    assert!(blocks[8].contains("/nowhere"), "{printed}");
+    assert_eq!(blocks[10], "1\na\n**STATUS=");
+    assert!(blocks[11].contains("usage: ferry rpc virtio_fs_transport_start"));
+}
+
+#[test]
+fn server_mode_takes_no_method_beside_it() {
+    let words = ["--server", "spdk_get_version"].map(str::to_owned);
+    let failure = run_words(&words, &mut Vec::new()).unwrap_err();
+    assert!(
+        failure.to_string().contains("spdk_get_version"),
+        "{failure}"
+    );
+    assert_eq!(failure.status(), 2);
+}
+
+#[test]
+fn a_failure_in_a_script_names_its_line() {
+    let service = Service::start("numbered", false);
+    let failure = service
+        .script("virtio_fs_transport_create -t DOCA\n\n# x\nvirtio_fs_transport_create -t DOCA\n")
+        .unwrap_err();
+    assert!(
+        failure.to_string().starts_with("line 4: request:"),
+        "{failure}"
+    );
+    assert_eq!(failure.status(), 1);
 }

@@ -228,3 +228,112 @@ fn rows_of_the_table_do_not_contradict_themselves() {
         }
     }
 }
+
+#[test]
+fn the_nearest_option_is_suggested() {
+    let says = |line| mistake(line).to_string();
+    let error = says("virtio_fs_device_start --dev-nam=x --nosuch");
+    assert!(
+        error.contains("--nosuch") && !error.contains("did you mean"),
+        "{error}"
+    );
+    let error = says("virtio_fs_device_start --devname x");
+    assert!(error.contains("did you mean --dev-name?"), "{error}");
+}
+
+#[test]
+fn the_reference_in_the_tree_is_what_the_table_says() {
+    let kept = include_str!("../../../RPC.md");
+    assert!(
+        kept == reference(),
+        "run: cargo run --bin ferry -- rpc --reference > controlplane/RPC.md"
+    );
+}
+
+#[test]
+fn the_reference_names_every_method_parameter_and_option() {
+    let text = reference();
+    for method in METHODS {
+        let title = format!("\n### {}\n", method.name);
+        let (_, section) = text.split_once(&title).unwrap();
+        let section = section.split("\n### ").next().unwrap();
+        for word in method
+            .params
+            .iter()
+            .flat_map(|param| {
+                param
+                    .options
+                    .iter()
+                    .chain(param.aliases)
+                    .chain([&param.name])
+            })
+            .chain(method.aliases)
+        {
+            assert!(
+                section.contains(&format!("`{word}`")),
+                "{}: {word}",
+                method.name
+            );
+        }
+    }
+}
+
+mod completing {
+    use super::super::complete::*;
+    use super::words;
+
+    fn value(line: &str) -> Option<&'static str> {
+        match expected(&words(line))? {
+            Expected::Value(_, param) => Some(param.name),
+            Expected::Methods | Expected::Options(..) => None,
+        }
+    }
+
+    fn positional(line: &str) -> Option<&'static str> {
+        match expected(&words(line))? {
+            Expected::Options(_, param) => param.map(|param| param.name),
+            Expected::Methods | Expected::Value(..) => None,
+        }
+    }
+
+    #[test]
+    fn an_option_expects_its_value_and_a_flag_none() {
+        assert_eq!(value("virtio_fs_device_create -t"), Some("transport_name"));
+        assert_eq!(value("virtio_fs_device_create -t DOCA --tag"), Some("tag"));
+        assert_eq!(value("virtio_fs_device_create --packed-vq"), None);
+        assert_eq!(value("virtio_fs_device_create --tag=x"), None);
+        assert!(expected(&words("nosuch")).is_none());
+        assert!(matches!(expected(&[]), Some(Expected::Methods)));
+    }
+
+    #[test]
+    fn what_the_help_of_a_parameter_lists_are_its_values() {
+        let of = |method, name| {
+            let method = super::table::find(method).unwrap();
+            let param = method.params.iter().find(|param| param.name == name);
+            listed(param.unwrap())
+        };
+        assert_eq!(
+            of("virtio_fs_transport_start", "transport_name"),
+            ["DOCA", "VHOST_USER"]
+        );
+        assert_eq!(
+            of("log_set_level", "level"),
+            ["ERROR", "WARNING", "NOTICE", "INFO", "DEBUG"]
+        );
+        assert_eq!(
+            of("fsdev_aio_create", "metadata"),
+            ["inline", "offload", "auto"]
+        );
+        assert!(of("fsdev_aio_create", "xattr_map").is_empty());
+        assert!(of("virtio_fs_device_create", "tag").is_empty());
+    }
+
+    #[test]
+    fn what_was_given_by_option_is_not_expected_by_position() {
+        assert_eq!(positional("fsdev_aio_create"), Some("name"));
+        assert_eq!(positional("fsdev_aio_create a"), Some("root_path"));
+        assert_eq!(positional("fsdev_aio_create a /b"), None);
+        assert_eq!(positional("virtio_fs_transport_start -t DOCA"), None);
+    }
+}

@@ -96,7 +96,7 @@ impl Passthrough {
     ) -> Result<Fd, Errno> {
         let guest = flags as i32;
         let mut host = self.host_flags(guest)?;
-        if guest & libc::O_TRUNC != 0 && self.has(FUSE_ATOMIC_O_TRUNC) {
+        if guest & libc::O_TRUNC != 0 {
             host |= libc::O_TRUNC;
             if open_flags & FUSE_OPEN_KILL_SUIDGID != 0 {
                 self.strip_privileges(caller, fd)?;
@@ -119,9 +119,9 @@ impl Passthrough {
         nodeid: u64,
         guest_flags: u32,
         session: u64,
-        place: Vacant<'_, Handle>,
+        (place, mnt): (Vacant<'_, Handle>, u64),
     ) -> Result<fuse_open_out, Errno> {
-        let mut flags = 0;
+        let mut flags = self.hot.flags(mnt, guest_flags);
         let mut alignment = 1;
         if guest_flags as i32 & libc::O_DIRECT != 0
             && let Some(found) = sys::make_direct(fd.raw())
@@ -179,7 +179,7 @@ impl Passthrough {
         // A truncated file must not be left behind with an error.
         let place = self.handles.reserve()?;
         let fd = self.open_regular(caller, node.fd(), flags, open_flags)?;
-        self.publish(fd, nodeid, flags, session, place)
+        self.publish(fd, nodeid, flags, session, (place, node.mnt()))
     }
 
     pub(super) fn do_create(
@@ -197,7 +197,7 @@ impl Passthrough {
                 Err(Errno::EEXIST) if arg.flags as i32 & libc::O_EXCL == 0 => {}
                 other => return other,
             }
-            // It is there already: open it as OPEN does.
+            // It is there already. The guest takes it for a new one and will not truncate it itself.
             let entry = match self.lookup_in(dir.fd(), dir.mnt(), name) {
                 Err(Errno::ENOENT) => continue,
                 other => other?,
@@ -277,7 +277,7 @@ impl Passthrough {
         if stat.stx_nlink == 0 {
             self.inodes.keep_nameless(nodeid);
         }
-        match self.publish(fd, nodeid, flags, session, handle) {
+        match self.publish(fd, nodeid, flags, session, (handle, mnt)) {
             Ok(open) => Ok((self.entry(nodeid, &stat, mnt), open)),
             Err(errno) => {
                 self.do_forget(nodeid, 1);
@@ -343,6 +343,9 @@ impl Passthrough {
             return Ok(Io::Done(given));
         }
         self.settle_direct(&file, arg.offset, dst.first(len as usize), false)?;
+        if let Some(done) = self.hot.read(&file, arg.offset, dst.first(len as usize)) {
+            return done.map(Io::Done);
+        }
         let op = IoOp::Read {
             fd: file.fd(),
             offset: arg.offset,
@@ -383,6 +386,12 @@ impl Passthrough {
         }
         let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
         self.settle_direct(&file, arg.offset, src.first(arg.size as usize), cached)?;
+        if let Some(done) = self
+            .hot
+            .write(&file, arg.offset, src.first(arg.size as usize))
+        {
+            return done.map(Io::Done);
+        }
         let op = IoOp::Write {
             fd: file.fd(),
             offset: arg.offset,

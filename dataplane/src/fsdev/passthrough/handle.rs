@@ -33,6 +33,10 @@ pub(super) const FLOCKED: u32 = 1 << 2;
 pub(super) const LOCKED: u32 = 1 << 3;
 /// Its descriptor is in the fd store.
 const KEPT: u32 = 1 << 4;
+/// Transfers through the page cache do not wait for long.
+pub(super) const CALM: u32 = 1 << 5;
+/// The file system has no way to read without waiting.
+pub(super) const RING: u32 = 1 << 6;
 
 /// The position of a directory that is not known.
 const UNKNOWN: u64 = u64::MAX;

@@ -12,6 +12,8 @@
 
 mod recover;
 
+mod forgotten;
+
 use alloc::boxed::Box;
 use core::ffi::CStr;
 use core::sync::atomic::AtomicBool;
@@ -24,6 +26,7 @@ use ferry_shared::errno::Errno;
 use spin::mutex::SpinMutex;
 use zerocopy::{FromBytes, FromZeros};
 
+use self::forgotten::Forgotten;
 use super::attr;
 use super::mounts::{MountFd, Mounts};
 use super::sys::{self, Fd, FileHandle, Stat};
@@ -267,6 +270,7 @@ pub(super) struct Inodes {
     tails: Placed<Tail>,
     mounts: Mounts,
     ring: SpinMutex<Ring>,
+    forgotten: Forgotten,
     vault: Vault,
     /// The table outlives the process.
     lasting: bool,
@@ -304,12 +308,14 @@ impl Inodes {
                 slots: ring.map_err(|_| Errno::ENOMEM)?,
                 hand: 0,
             }),
+            forgotten: Forgotten::new(buckets),
             vault,
             lasting: home.lasting,
             told: AtomicBool::new(false),
         };
         let key = Key::of(&stat);
         if inodes.table.live() != 0 {
+            inodes.recount_forgotten();
             return Ok(inodes);
         }
         inodes.mounts.meet(key.mnt, root.raw(), libc::S_IFDIR);
@@ -336,7 +342,7 @@ impl Inodes {
 
     /// How many inodes the guest knows, the root included.
     pub(super) fn live(&self) -> u32 {
-        self.table.live()
+        self.table.live().saturating_sub(self.forgotten.count())
     }
 
     /// The inode with this node id, made hot if it is cold.
@@ -448,7 +454,8 @@ impl Inodes {
         if found.record().kind.load(Relaxed) != kind {
             return Known::Outdated;
         }
-        found.record().lookups.fetch_add(1, Relaxed);
+        self.forgotten
+            .leave(found.record().lookups.fetch_add(1, Relaxed));
         found.mark_recent();
         Known::Counted(found.id())
     }
@@ -457,15 +464,24 @@ impl Inodes {
     fn count(&self, pin: &Pinned<'_, Inode>) -> bool {
         let inode = pin.record();
         let _shard = self.table.lock(inode.key().hash());
-        inode
+        if !pin.is_alive() {
+            return false;
+        }
+        let before = inode
             .lookups
-            .try_update(AcqRel, Relaxed, |n| (n > 0).then(|| n.saturating_add(1)))
-            .is_ok()
+            .update(AcqRel, Relaxed, |n| n.saturating_add(1));
+        self.forgotten.leave(before);
+        true
     }
 
     /// Takes an inode out of its chain, because its number has gone to another one.
     fn detach(&self, pin: &Pinned<'_, Inode>) {
-        self.table.lock(pin.record().key().hash()).unlink(pin);
+        let shard = self.table.lock(pin.record().key().hash());
+        if pin.record().lookups.load(Relaxed) != 0 {
+            shard.unlink(pin);
+        } else if shard.remove(pin) {
+            self.forgotten.leave(0);
+        }
     }
 
     /// Looks up one component of a directory and counts it; gives the node id and the attributes.
@@ -503,7 +519,14 @@ impl Inodes {
 
     /// A place for an inode that is about to be made.
     pub(super) fn reserve(&self) -> Result<Vacant<'_, Inode>, Errno> {
-        self.table.reserve().ok_or(Errno::ENFILE)
+        loop {
+            if let Some(vacant) = self.table.reserve() {
+                return Ok(vacant);
+            }
+            if !self.make_way() {
+                return Err(Errno::ENFILE);
+            }
+        }
     }
 
     /// As [`Inodes::intern`], at a place that has been reserved.
@@ -531,15 +554,17 @@ impl Inodes {
                     }
                 }
                 Known::No => {
+                    // Before the lock, because others may have to make way.
+                    let vacant = place.take().map_or_else(|| self.reserve(), Ok)?;
                     if self.lasting && handle.is_none() {
                         // Before the lock, which must not wait for a file system.
                         handle = Some(sys::file_handle(fd.raw(), c""));
                     }
                     let shard = self.table.lock(key.hash());
                     if shard.find(|inode| inode.key() == key).is_some() {
+                        place = Some(vacant);
                         continue;
                     }
-                    let vacant = place.take().map_or_else(|| self.reserve(), Ok)?;
                     vacant.record().fill(&key, kind);
                     if let (Some(Ok(handle)), Some(tail)) =
                         (&handle, self.tails.get(vacant.index() as usize))
@@ -567,8 +592,9 @@ impl Inodes {
         }
     }
 
-    /// Takes back lookups; more than there are count as all. `true` when the guest no longer knows the inode.
-    pub(super) fn forget(&self, nodeid: u64, lookups: u64) -> bool {
+    /// Takes back lookups; more than there are count as all. `true` when the guest no longer knows the inode; its node id
+    /// goes on working for a while if it may come back (`remember`).
+    pub(super) fn forget(&self, nodeid: u64, lookups: u64, remember: bool) -> bool {
         if nodeid == FUSE_ROOT_ID {
             return false;
         }
@@ -580,15 +606,21 @@ impl Inodes {
         if count.try_update(AcqRel, Relaxed, some_left).is_ok() {
             return false;
         }
+        let remembered = remember && self.prepare_to_forget(&pin);
         // Only under the lock can the count become 0, so that no lookup finds an inode that is about to go.
         let shard = self.table.lock(pin.record().key().hash());
         if count.try_update(AcqRel, Relaxed, some_left).is_ok() {
             return false;
         }
-        count.store(0, Relaxed);
+        let before = count.swap(0, Relaxed);
+        if remembered && before != 0 && pin.is_alive() {
+            self.forgotten.add();
+            return true;
+        }
         let gone = shard.remove(&pin);
         drop(shard);
         if gone {
+            self.forgotten.leave(before);
             self.unkeep(&pin);
         }
         gone
@@ -602,10 +634,11 @@ impl Inodes {
             };
             if pin.id() != FUSE_ROOT_ID {
                 let shard = self.table.lock(pin.record().key().hash());
-                pin.record().lookups.store(0, Relaxed);
+                let before = pin.record().lookups.swap(0, Relaxed);
                 let gone = shard.remove(&pin);
                 drop(shard);
                 if gone {
+                    self.forgotten.leave(before);
                     self.unkeep(&pin);
                 }
             }

@@ -24,6 +24,7 @@ mod fdinfo;
 mod file;
 mod handle;
 mod home;
+mod hot;
 mod identity;
 mod ids;
 mod inode;
@@ -51,6 +52,7 @@ use ferry_shared::msg::{AioSpec, Failure, Placement};
 
 use self::handle::Handles;
 use self::home::Home;
+use self::hot::Hot;
 use self::inode::{InodeHome, Inodes};
 use self::lock::Locks;
 use self::vault::{Kind, Vault};
@@ -101,6 +103,7 @@ pub struct Passthrough {
     spec: AioSpec,
     /// The export is on a file system that can stall.
     remote: bool,
+    hot: Hot,
     /// Where the tables lie, if they outlive the process.
     area: Option<Area>,
 }
@@ -168,7 +171,9 @@ impl Passthrough {
             };
             Failure::new(errno, detail)
         })?;
-        let remote = sys::statfs(root.raw()).is_ok_and(|s| is_remote(s.f_type));
+        let kind = sys::statfs(root.raw()).map_or(0, |s| s.f_type);
+        let remote = is_remote(kind);
+        let transfers = Hot::new(root.raw(), kind, remote, spec.metadata);
         let failed = |errno| {
             let detail = match errno {
                 Errno::ESTALE => format!(
@@ -197,6 +202,7 @@ impl Passthrough {
             session: AtomicU64::new(0),
             spec: spec.clone(),
             remote,
+            hot: transfers,
             area: None,
         };
         if !device.inodes.has_root() {
@@ -292,10 +298,11 @@ fn is_remote(kind: i64) -> bool {
 }
 
 impl FsDev for Passthrough {
+    /// Not with `ATOMIC_O_TRUNC`: an OPEN comes before the guest's kernel refuses to write to a program that runs, and
+    /// would have emptied it.
     fn offer(&self) -> Offer {
         let mut flags = FUSE_POSIX_LOCKS
             | FUSE_FLOCK_LOCKS
-            | FUSE_ATOMIC_O_TRUNC
             | FUSE_EXPORT_SUPPORT
             | FUSE_DONT_MASK
             | FUSE_AUTO_INVAL_DATA
@@ -487,7 +494,9 @@ impl FsDev for Passthrough {
         nodeid: u64,
         arg: &fuse_open_in,
     ) -> Result<fuse_open_out, Errno> {
-        self.do_open(caller, nodeid, arg.flags, arg.open_flags)
+        // The guest's kernel sets the size itself, once it knows that nobody runs the file: see `offer`.
+        let flags = arg.flags & !(libc::O_TRUNC as u32);
+        self.do_open(caller, nodeid, flags, arg.open_flags)
     }
 
     fn create(

@@ -166,7 +166,8 @@ impl Passthrough {
     }
 
     pub(super) fn do_forget(&self, nodeid: u64, lookups: u64) {
-        if self.inodes.forget(nodeid, lookups) {
+        let remember = self.has(FUSE_EXPORT_SUPPORT);
+        if self.inodes.forget(nodeid, lookups, remember) {
             self.locks.drop_node(nodeid);
         }
     }

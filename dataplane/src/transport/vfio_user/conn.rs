@@ -259,6 +259,16 @@ impl VfioUser {
         self.client.is_some()
     }
 
+    /// Stops a running queue where it stands and starts it again.
+    pub fn start_again(&mut self, index: crate::id::QueueIdx, cores: &mut dyn Cores) {
+        self.served.function.queues().start_again(index, cores);
+    }
+
+    /// The configuration space as the driver sees it.
+    pub fn pci_config(&self) -> [u8; 256] {
+        self.served.function.config_space()
+    }
+
     /// Stops the queues where they stand; the client is served on.
     pub fn pause(&mut self, cores: &mut dyn Cores) {
         self.served.function.queues().pause(cores);

@@ -190,6 +190,13 @@ impl PciFunction {
         }
     }
 
+    /// The whole configuration space.
+    pub(crate) fn config_space(&self) -> [u8; 256] {
+        let mut bytes = [0; 256];
+        self.config.read(0, &mut bytes);
+        bytes
+    }
+
     /// Reads a region.
     pub(crate) fn read(&mut self, index: u32, offset: u64, data: &mut [u8]) {
         data.fill(0);

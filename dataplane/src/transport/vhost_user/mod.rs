@@ -496,6 +496,11 @@ impl VhostUser {
         self.queues.pause(cores);
     }
 
+    /// Stops a running queue where it stands and starts it again.
+    pub fn start_again(&mut self, index: crate::id::QueueIdx, cores: &mut dyn Cores) {
+        self.queues.start_again(index, cores);
+    }
+
     /// Lets the queues run on.
     pub fn resume(&mut self, cores: &mut dyn Cores) {
         self.queues.resume(cores);

@@ -2,7 +2,9 @@
 
 mod fio;
 mod fsx;
+mod guest;
 mod pjdfstest;
+mod programs;
 mod stress;
 
 use crate::matrix::{self, Suite, can_mount};
@@ -55,6 +57,13 @@ fn a_mount_passes_every_test_of_pjdfstest_that_the_export_passes() {
 }
 
 #[test]
+fn a_guest_passes_every_test_of_pjdfstest_that_the_export_passes() {
+    need!(can_mount());
+    need!(guest::InGuests.ready());
+    guest::check().unwrap();
+}
+
+#[test]
 fn random_operations_on_one_file_never_diverge() {
     check(&fsx::Fsx);
 }
@@ -67,4 +76,9 @@ fn what_eight_jobs_write_with_checksums_is_read_back_with_every_engine() {
 #[test]
 fn every_file_system_stressor_ends_as_on_the_export() {
     check(&stress::Stress);
+}
+
+#[test]
+fn programs_find_on_a_mount_what_they_find_on_the_export() {
+    check(&programs::Programs);
 }

@@ -160,7 +160,7 @@ impl Inodes {
             };
             let inode = pin.record();
             if pin.id() != FUSE_ROOT_ID && count_of(inode) == 0 {
-                self.forget(pin.id(), 0);
+                self.forget(pin.id(), 0, false);
             } else if inode.flags.load(Relaxed) & KEPT != 0 && pin.fd().is_none() {
                 self.lost(&pin);
             }
