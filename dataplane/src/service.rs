@@ -29,6 +29,7 @@ use crate::keeper::Keeper;
 use crate::os::poller::{Poller, Token};
 use crate::platform::Platform;
 use crate::reactor::DeviceShared;
+use crate::recovery::journal::Lines;
 use crate::transport::Transport;
 use crate::transport::log_gate::LogGate;
 
@@ -101,6 +102,10 @@ fn fsdev_key(name: &str) -> String {
 
 fn session_name(id: DeviceId) -> String {
     format!("session/{}", id.0)
+}
+
+fn journal_name(id: DeviceId) -> String {
+    format!("journal/{}", id.0)
 }
 
 fn device_key(id: DeviceId) -> String {
@@ -507,7 +512,13 @@ impl Service {
             Some(_) => session.forget_record(),
             None => {}
         }
-        let shared = Arc::new(DeviceShared::new(session, backend));
+        // Without a service manager there is no next process to read them.
+        let lines = self.keeper.is_on().then(|| {
+            let words = self.keeper.words(&journal_name(id), Lines::WORDS);
+            words.map(Lines::new)
+        });
+        let shared = DeviceShared::new(session, backend).noting(lines.flatten());
+        let shared = Arc::new(shared);
         let poller = Arc::clone(&self.poller);
         let keeper = &self.keeper;
         let transport = match &spec.attach {
@@ -642,6 +653,7 @@ impl Service {
         self.cores.detach(device.id);
         self.keeper.forget(&device_key(device.id));
         self.keeper.forget_words(&session_name(device.id));
+        self.keeper.forget_words(&journal_name(device.id));
         device.transport.forget();
         tracing::info!(device = device.spec.name, "closed");
     }

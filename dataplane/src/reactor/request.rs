@@ -245,7 +245,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             return sys.offload(slot, job);
         }
         // SAFETY: the slot is the core's and stays so until this returns; the queue holds the map.
-        let outcome = unsafe { run.execute(device.backend.as_deref(), &device.shared.session) };
+        let outcome = unsafe { run.execute(device.backend.as_deref(), &device.shared) };
         self.finish(slot, outcome, sys);
     }
 
@@ -526,12 +526,14 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             SLOT_INPUT
         };
         let input = NonNull::slice_from_raw_parts(input, (meta.input_len as usize).min(limit));
-        let map = NonNull::from(&**self.queues.get(meta.queue as usize)?.as_ref()?.queue.map());
+        let queue = self.queues.get(meta.queue as usize)?.as_ref()?;
+        let head = meta.head.as_ref().map_or(u16::MAX, Head::id);
         Some(Run {
             body,
-            map,
+            map: NonNull::from(&**queue.queue.map()),
             input,
             scratch,
+            place: (queue.index.0, head),
         })
     }
 

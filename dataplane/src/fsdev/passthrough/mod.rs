@@ -33,6 +33,7 @@ mod locking;
 mod meta;
 mod mounts;
 mod names;
+mod once;
 mod sys;
 mod vault;
 mod xattr;
