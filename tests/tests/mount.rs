@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::{Service, build_checks, can_mount, need, repository, wait_until};
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 

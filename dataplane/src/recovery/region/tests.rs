@@ -63,10 +63,7 @@ fn a_discarded_area_goes_with_its_last_user_and_comes_back_zeroed() {
     assert_eq!(region.areas(), ["b"]);
     let again = region.add_area("c", PAGE).unwrap();
     assert_eq!(again.0.extent.offset, AREAS_AT);
-    assert_eq!(
-        again.words(0, 1).unwrap()[0].load(Ordering::Relaxed),
-        0
-    );
+    assert_eq!(again.words(0, 1).unwrap()[0].load(Ordering::Relaxed), 0);
     // Not discarded: the process ends, the area stays.
     drop((again, second));
     assert_eq!(Region::adopt(left_by(region)).unwrap().areas(), ["b", "c"]);
