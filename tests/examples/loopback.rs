@@ -18,6 +18,7 @@ use ferry_dataplane::reactor::{DeviceShared, Job, Reactor, StartQueue, System};
 use ferry_dataplane::slot::SlotBody;
 use ferry_dataplane::virtio::queue::{Queue, QueueConfig, QueueState};
 use ferry_dataplane::virtio::spec::{Desc, DescFlags};
+use ferry_shared::counters::QueuePlace;
 use zerocopy::IntoBytes;
 
 /// Requests that the core finds at once.
@@ -233,7 +234,7 @@ fn core(guest: &Guest) -> Result<Reactor<Null, Nothing>> {
     };
     let buffers = vec![0u8; DATA_BUFFER_STRIDE].leak();
     // SAFETY: the leaked memory has room for one buffer, and nothing else refers to it.
-    let pool = unsafe { DataPool::new(NonNull::from(buffers).cast(), 1) };
+    let pool = unsafe { DataPool::new(NonNull::from(buffers).cast(), 1, None) };
     let bodies = Slab::on_heap((0..u32::from(SIZE)).map(|_| SlotBody::new()));
     let mut core = Reactor::new(bodies, pool, 1);
     let start = StartQueue {
@@ -243,6 +244,7 @@ fn core(guest: &Guest) -> Result<Reactor<Null, Nothing>> {
         queue: Queue::new(config, &map, None)?,
         call: None,
         shared: Arc::new(DeviceShared::new(Session::default(), Some(Arc::new(Null)))),
+        place: QueuePlace::default(),
     };
     core.start(start, &mut Nothing);
     Ok(core)
