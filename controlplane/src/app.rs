@@ -103,6 +103,8 @@ pub struct App {
     notifications: RefCell<Notifications>,
     baselines: RefCell<Baselines>,
     turn: tokio::sync::Mutex<()>,
+    /// Whether an operator has asked for the end of the service.
+    pub(crate) end_asked: Cell<bool>,
 }
 
 impl App {
@@ -124,7 +126,13 @@ impl App {
             notifications: RefCell::default(),
             baselines: RefCell::default(),
             turn: tokio::sync::Mutex::default(),
+            end_asked: Cell::new(false),
         })
+    }
+
+    /// Whether an operator has asked by RPC for the end of the service.
+    pub fn is_end_asked(&self) -> bool {
+        self.end_asked.get()
     }
 
     /// Begins with what was kept.

@@ -25,6 +25,8 @@ pub mod mem;
 pub mod pool;
 pub mod reactor;
 pub mod recovery;
+#[cfg(test)]
+mod sim;
 pub mod slot;
 pub mod virtio;
 

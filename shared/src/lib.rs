@@ -5,6 +5,9 @@
 
 extern crate alloc;
 
+/// Exit status of a control plane that an operator has asked by RPC to end, and with it the whole service.
+pub const EXIT_ASKED: u8 = 3;
+
 pub mod counters;
 #[cfg(feature = "std")]
 pub mod cpumask;

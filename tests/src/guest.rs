@@ -4,12 +4,13 @@ use crate::initramfs::Initramfs;
 use crate::process::Process;
 use crate::rigs::{Rigs, build_checks};
 use crate::{TempDir, repository};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 /// The kernels that guests run.
@@ -77,6 +78,10 @@ pub struct Outcome {
 /// Guests share the machine's few processors badly, so a test binary boots one at a time.
 static ONE_GUEST: Mutex<()> = Mutex::new(());
 
+fn only_guests() -> MutexGuard<'static, ()> {
+    ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Guest {
     /// A virtual machine under QEMU.
     ///
@@ -128,6 +133,26 @@ impl Guest {
         self
     }
 
+    /// Adds a program of the host to the guest's root, with the libraries that it is linked to.
+    ///
+    /// # Errors
+    /// When the libraries cannot be found out.
+    pub fn program(mut self, name: &str, from: &Path) -> Result<Self> {
+        let output = Command::new("ldd").arg(from).output().context("run ldd")?;
+        ensure!(
+            output.status.success(),
+            "ldd knows no libraries of {}",
+            from.display()
+        );
+        for library in String::from_utf8_lossy(&output.stdout)
+            .split_whitespace()
+            .filter(|word| word.starts_with('/'))
+        {
+            self = self.file(library.trim_start_matches('/'), Path::new(library));
+        }
+        Ok(self.file(name, from))
+    }
+
     /// Boots, runs the project's check script on `tag`, and shuts down.
     ///
     /// # Errors
@@ -146,7 +171,28 @@ impl Guest {
     /// # Errors
     /// When the guest does not come up, or has not ended after `limit`. The message holds its console.
     pub fn run(&self, script: &str, limit: Duration) -> Result<Outcome> {
-        let _one: MutexGuard<'_, ()> = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = only_guests();
+        self.boot(script, limit)
+    }
+
+    /// Boots two guests at once, and runs a script in each.
+    ///
+    /// # Errors
+    /// As [`Guest::run`], for the first that fails.
+    pub fn run_two(guests: [(&Self, &str); 2], limit: Duration) -> Result<[Outcome; 2]> {
+        let _two = only_guests();
+        let [first, second] = guests;
+        thread::scope(|scope| {
+            let other = scope.spawn(|| second.0.boot(second.1, limit));
+            let one = first.0.boot(first.1, limit);
+            let other = other
+                .join()
+                .map_err(|_| anyhow!("a guest's thread panicked"))?;
+            Ok([one?, other?])
+        })
+    }
+
+    fn boot(&self, script: &str, limit: Duration) -> Result<Outcome> {
         let dir = TempDir::new();
         let results = dir.make_dir("results");
         self.write_initramfs(script, &dir.join("initrd"))?;

@@ -3,9 +3,12 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Service, ServiceConfig, TempDir};
+use ferry_tests::{Service, ServiceConfig, TempDir, wait_until};
+
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn start(args: &[&str], env: &[(&str, &str)]) -> Result<Service> {
     Service::start_with(&ServiceConfig {
@@ -168,6 +171,25 @@ fn only_the_methods_that_are_allowed_exist() {
         );
         refused(&service, "virtio_fs_get_devices", "-32601")?;
         service.stop()
+    };
+    check().unwrap();
+}
+
+#[test]
+fn a_request_for_the_end_ends_the_whole_service_and_a_crash_does_not() {
+    let check = || -> Result<()> {
+        let mut service = start(&[], &[])?;
+        let before = service.child("ferry-controlplane")?;
+        // It may not live to answer.
+        service.rpc("spdk_kill_instance SIGKILL")?;
+        wait_until("the control plane is back", LIMIT, || {
+            Ok(service
+                .child("ferry-controlplane")
+                .is_ok_and(|pid| pid != before)
+                && service.rpc("spdk_get_version")?.ok)
+        })?;
+        service.call("spdk_kill_instance SIGTERM")?;
+        wait_until("the service has ended", LIMIT, || Ok(!service.running()?))
     };
     check().unwrap();
 }

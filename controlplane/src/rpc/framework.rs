@@ -134,7 +134,9 @@ pub(super) fn framework_get_config(app: &App, args: &Args) -> Result<Value, RpcE
     }))
 }
 
-pub(super) fn spdk_kill_instance(_: &App, args: &Args) -> Result<Value, RpcError> {
+/// What ends this process in an orderly way ends the service, if somebody supervises it: that is the original's one
+/// process. SIGKILL is a crash, after which this process comes back.
+pub(super) fn spdk_kill_instance(app: &App, args: &Args) -> Result<Value, RpcError> {
     let known = [
         signal::SIGINT,
         signal::SIGTERM,
@@ -154,6 +156,9 @@ pub(super) fn spdk_kill_instance(_: &App, args: &Args) -> Result<Value, RpcError
             format!("Invalid parameters: sig_name {name:?} is not one of {names} or its number");
         return Err(RpcError::new(RpcError::INVALID_PARAMS, text));
     };
+    if !matches!(chosen, signal::SIGKILL | signal::SIGUSR1) {
+        app.end_asked.set(true);
+    }
     signal::kill(getpid(), chosen).map_err(|errno| {
         RpcError::new(
             RpcError::INTERNAL_ERROR,

@@ -194,7 +194,7 @@ const OPERATE: &[Method] = &[
     Method {
         name: "spdk_kill_instance",
         aliases: &["kill_instance"],
-        help: "Send a signal to the control plane",
+        help: "Send a signal to the control plane; one that ends it in order ends the service under ferry up, SIGKILL is a crash",
         params: &[Param {
             name: "sig_name",
             mandatory: true,

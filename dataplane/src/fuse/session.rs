@@ -153,7 +153,8 @@ impl Session {
         let Some([mounted, flags, sizes]) = self.record.as_deref() else {
             return;
         };
-        if mounted.load(Ordering::Acquire) != 1 {
+        let found = mounted.load(Ordering::Acquire);
+        if found & 1 == 0 {
             return;
         }
         let [minor, max_write] = [0, 32].map(|at| sizes.load(Ordering::Relaxed) >> at);
@@ -165,25 +166,26 @@ impl Session {
         };
         fs.resume(negotiated);
         *self.mount.lock() = Some(negotiated);
-        self.publish(true, negotiated);
+        self.publish(true, negotiated, (found >> 32) as u32);
     }
 
-    fn note(&self, mounted: bool, negotiated: &Negotiated) {
+    fn note(&self, mounted: bool, negotiated: &Negotiated, epoch: u32) {
         let Some([word, flags, sizes]) = self.record.as_deref() else {
             return;
         };
-        word.store(0, Ordering::Release);
+        let count = u64::from(epoch) << 32;
+        word.store(count, Ordering::Release);
         if mounted {
             let size = u64::from(negotiated.minor) | u64::from(negotiated.max_write) << 32;
             flags.store(negotiated.flags, Ordering::Release);
             sizes.store(size, Ordering::Release);
-            word.store(1, Ordering::Release);
+            word.store(count | 1, Ordering::Release);
         }
     }
 
     /// Forgets what an earlier process has noted.
     pub fn forget_record(&self) {
-        self.note(false, &Negotiated::default());
+        self.note(false, &Negotiated::default(), self.next_epoch());
     }
 
     /// The guest's architecture.
@@ -263,18 +265,26 @@ impl Session {
 
     /// Notes and publishes a new state; only under the lock.
     fn change(&self, mounted: bool, negotiated: Negotiated) {
-        self.note(mounted, &negotiated);
-        self.publish(mounted, negotiated);
+        let epoch = self.next_epoch();
+        self.note(mounted, &negotiated, epoch);
+        self.publish(mounted, negotiated, epoch);
     }
 
-    fn publish(&self, mounted: bool, negotiated: Negotiated) {
+    /// Goes on with the count of an earlier process, so that no two mounts of a device have the same number.
+    fn next_epoch(&self) -> u32 {
+        let noted = self.record.as_deref().and_then(|record| record.first());
+        let noted = noted.map_or(0, |word| (word.load(Ordering::Relaxed) >> 32) as u32);
+        noted.max(self.load().epoch).wrapping_add(1)
+    }
+
+    fn publish(&self, mounted: bool, negotiated: Negotiated, epoch: u32) {
         let word = Word {
             mounted,
             protocol: Protocol {
                 minor: negotiated.minor,
                 flags: negotiated.flags & Protocol::FLAGS,
             },
-            epoch: self.load().epoch.wrapping_add(1),
+            epoch,
         };
         self.word.store(word.pack(), Ordering::Release);
     }

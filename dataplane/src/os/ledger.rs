@@ -33,7 +33,7 @@ pub const WORDS: usize = 2 * METER_WORDS;
 const _: () = {
     // The length is the first half of a word, and the header has no other part there.
     assert!(offset_of!(libc::mmsghdr, msg_len) % size_of::<u64>() == 0);
-    assert!(size_of::<libc::mmsghdr>() % size_of::<u64>() == 0);
+    assert!(size_of::<libc::mmsghdr>().is_multiple_of(size_of::<u64>()));
     assert!(align_of::<libc::mmsghdr>() <= align_of::<u64>());
 };
 

@@ -245,7 +245,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             return sys.offload(slot, job);
         }
         // SAFETY: the slot is the core's and stays so until this returns; the queue holds the map.
-        let outcome = unsafe { run.execute(device.backend.as_deref(), &device.shared.session) };
+        let outcome = unsafe { run.execute(device.backend.as_deref(), &device.shared) };
         self.finish(slot, outcome, sys);
     }
 
@@ -287,10 +287,14 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let at = meta.queue;
         if self.early_interrupts.iter().any(|&e| e == (device, unique)) {
             self.early_interrupts.retain(|&e| e != (device, unique));
-            return self.give_up_wait(slot, device, unique, sys);
+            return self.give_up_wait(slot, device, unique, Errno::EINTR, sys);
         }
         if self.queue_mut(at).is_some_and(|q| q.ending != Ending::Runs) {
             return self.give_back(slot, sys);
+        }
+        // The one who is to unlock needs a slot too, and so do the other devices of this core.
+        if self.waiting.len() >= self.slots.len() / 2 {
+            return self.give_up_wait(slot, device, unique, Errno::ENOLCK, sys);
         }
         self.waiting.push(slot);
     }
@@ -522,12 +526,14 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             SLOT_INPUT
         };
         let input = NonNull::slice_from_raw_parts(input, (meta.input_len as usize).min(limit));
-        let map = NonNull::from(&**self.queues.get(meta.queue as usize)?.as_ref()?.queue.map());
+        let queue = self.queues.get(meta.queue as usize)?.as_ref()?;
+        let head = meta.head.as_ref().map_or(u16::MAX, Head::id);
         Some(Run {
             body,
-            map,
+            map: NonNull::from(&**queue.queue.map()),
             input,
             scratch,
+            place: (queue.index.0, head),
         })
     }
 
@@ -572,7 +578,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         match found {
             Some(slot) => {
                 self.waiting.retain(|&s| s != slot);
-                self.give_up_wait(slot, device, unique, sys);
+                self.give_up_wait(slot, device, unique, Errno::EINTR, sys);
             }
             None => {
                 if self.early_interrupts.is_full() {
@@ -584,12 +590,19 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
     }
 
     /// Ends a request that waited for a lock, without the lock.
-    fn give_up_wait(&mut self, slot: u32, device: DeviceId, unique: u64, sys: &mut S) {
+    fn give_up_wait(
+        &mut self,
+        slot: u32,
+        device: DeviceId,
+        unique: u64,
+        errno: Errno,
+        sys: &mut S,
+    ) {
         let device = self.devices.iter().find(|d| d.id == device);
         if let Some(backend) = device.and_then(|d| d.backend.as_ref()) {
             backend.wait_ended(unique);
         }
-        self.fail(slot, Errno::EINTR, sys);
+        self.fail(slot, errno, sys);
     }
 
     /// Tries waiting locks again although no local release was seen; for locks that other processes hold.

@@ -13,7 +13,7 @@ enum Call {
     Start(Box<QueueStart>),
     Stop(DeviceId, QueueIdx),
     Reset(DeviceId, QueueIdx),
-    SetCall(DeviceId, QueueIdx, Option<Arc<EventFd>>),
+    Redirect(DeviceId, QueueIdx, Option<Arc<EventFd>>),
     SetMemory(DeviceId, Arc<GuestMap>),
     EndSession(DeviceId),
 }
@@ -40,7 +40,7 @@ impl<'a> Staged<'a> {
                 Call::Start(start) => cores.start_queue(*start),
                 Call::Stop(device, index) => cores.stop_queue(device, index),
                 Call::Reset(device, index) => cores.reset_queue(device, index),
-                Call::SetCall(device, index, call) => cores.set_call(device, index, call),
+                Call::Redirect(device, index, call) => cores.set_call(device, index, call),
                 Call::SetMemory(device, map) => cores.set_memory(device, map),
                 Call::EndSession(device) => cores.end_session(device),
             }
@@ -71,7 +71,7 @@ impl Cores for Staged<'_> {
     }
 
     fn set_call(&mut self, device: DeviceId, index: QueueIdx, call: Option<Arc<EventFd>>) {
-        let held = Call::SetCall(device, index, call.clone());
+        let held = Call::Redirect(device, index, call.clone());
         self.pass(held, |c| c.set_call(device, index, call));
     }
 

@@ -171,6 +171,13 @@ pub struct Head {
     pub(super) count: u16,
 }
 
+impl Head {
+    /// What no other request in flight on the queue has: the head's index, or the buffer id.
+    pub fn id(&self) -> u16 {
+        self.id
+    }
+}
+
 /// A request taken off the ring; its buffers are in the chain that was given to [`Queue::pop`].
 #[must_use = "a popped request must be given back"]
 #[derive(Debug)]

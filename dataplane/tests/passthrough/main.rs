@@ -6,6 +6,7 @@ mod escape;
 mod export;
 mod locks;
 mod meta;
+mod once;
 mod ops;
 mod recover;
 mod rig;

@@ -58,6 +58,7 @@ pub(crate) fn as_user(uid: u32, gid: u32) -> Caller<'static> {
         pid: 100,
         supplementary_group: None,
         security_context: None,
+        journal: Default::default(),
     }
 }
 

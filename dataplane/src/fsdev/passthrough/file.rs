@@ -4,11 +4,11 @@ use core::ffi::CStr;
 
 use ferry_shared::errno::Errno;
 
-use super::Passthrough;
 use super::handle::{self, Handle, OpenFile};
 use super::inode::{Inode, Node};
 use super::lock;
 use super::sys::{self, Fd, Stat};
+use super::{Passthrough, once};
 use crate::fsdev::table::Vacant;
 use crate::fsdev::{Caller, Io, IoOp, IoResult, Pin};
 use crate::fuse::abi::*;
@@ -96,7 +96,7 @@ impl Passthrough {
     ) -> Result<Fd, Errno> {
         let guest = flags as i32;
         let mut host = self.host_flags(guest)?;
-        if guest & libc::O_TRUNC != 0 && self.has(FUSE_ATOMIC_O_TRUNC) {
+        if guest & libc::O_TRUNC != 0 {
             host |= libc::O_TRUNC;
             if open_flags & FUSE_OPEN_KILL_SUIDGID != 0 {
                 self.strip_privileges(caller, fd)?;
@@ -197,7 +197,7 @@ impl Passthrough {
                 Err(Errno::EEXIST) if arg.flags as i32 & libc::O_EXCL == 0 => {}
                 other => return other,
             }
-            // It is there already: open it as OPEN does.
+            // It is there already. The guest takes it for a new one and will not truncate it itself.
             let entry = match self.lookup_in(dir.fd(), dir.mnt(), name) {
                 Err(Errno::ENOENT) => continue,
                 other => other?,
@@ -232,7 +232,11 @@ impl Passthrough {
         let flags = self.host_flags(arg.flags as i32)? | libc::O_CREAT | libc::O_EXCL;
         // Before the file exists, so that full tables leave none behind.
         let place = (self.inodes.reserve()?, self.handles.reserve()?);
-        let fd = {
+        let fd = if once::is_made(caller, dir.fd(), name, None)? {
+            let flags = flags & !(libc::O_CREAT | libc::O_EXCL);
+            self.inodes
+                .with_fds(|| sys::open_beneath(dir.fd(), name, flags | libc::O_NONBLOCK, 0))?
+        } else {
             let _caller = self.act_as(caller, arg.umask)?;
             self.inodes
                 .with_fds(|| sys::open_beneath(dir.fd(), name, flags, arg.mode))?
@@ -367,6 +371,10 @@ impl Passthrough {
         }
         check_range(arg.offset, u64::from(arg.size)).map_err(|_| Errno::EFBIG)?;
         if self.spec.skip_rw {
+            return Ok(Io::Done(arg.size));
+        }
+        let data = src.first(arg.size as usize);
+        if file.handle().appends() && once::is_appended(caller, file.fd(), data)? {
             return Ok(Io::Done(arg.size));
         }
         // The first version of the agreement leaves it to us for every write.

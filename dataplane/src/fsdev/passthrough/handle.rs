@@ -78,6 +78,11 @@ impl Handle {
         self.flags.fetch_and(!flag, Relaxed);
     }
 
+    /// Whether every write goes to the end of the file.
+    pub(super) fn appends(&self) -> bool {
+        self.open_flags.load(Relaxed) & libc::O_APPEND != 0
+    }
+
     pub(super) fn alignment(&self) -> u32 {
         self.alignment.load(Relaxed)
     }

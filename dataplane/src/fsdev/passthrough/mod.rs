@@ -33,6 +33,7 @@ mod locking;
 mod meta;
 mod mounts;
 mod names;
+mod once;
 mod sys;
 mod vault;
 mod xattr;
@@ -297,10 +298,11 @@ fn is_remote(kind: i64) -> bool {
 }
 
 impl FsDev for Passthrough {
+    /// Not with `ATOMIC_O_TRUNC`: an OPEN comes before the guest's kernel refuses to write to a program that runs, and
+    /// would have emptied it.
     fn offer(&self) -> Offer {
         let mut flags = FUSE_POSIX_LOCKS
             | FUSE_FLOCK_LOCKS
-            | FUSE_ATOMIC_O_TRUNC
             | FUSE_EXPORT_SUPPORT
             | FUSE_DONT_MASK
             | FUSE_AUTO_INVAL_DATA
@@ -492,7 +494,9 @@ impl FsDev for Passthrough {
         nodeid: u64,
         arg: &fuse_open_in,
     ) -> Result<fuse_open_out, Errno> {
-        self.do_open(caller, nodeid, arg.flags, arg.open_flags)
+        // The guest's kernel sets the size itself, once it knows that nobody runs the file: see `offer`.
+        let flags = arg.flags & !(libc::O_TRUNC as u32);
+        self.do_open(caller, nodeid, flags, arg.open_flags)
     }
 
     fn create(

@@ -172,6 +172,13 @@ pub(super) fn reopen(fd: i32, flags: i32) -> Result<Fd, Errno> {
     check(unsafe { libc::openat(dir, name.as_ptr(), flags) }).map(Fd)
 }
 
+/// Reads from a file at an offset.
+pub(super) fn read_at(fd: i32, out: &mut [u8], at: u64) -> Result<usize, Errno> {
+    let at = i64::try_from(at).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `out` has room for `out.len()` bytes.
+    check_size(unsafe { libc::pread(fd, out.as_mut_ptr().cast(), out.len(), at) })
+}
+
 /// The flags of an open file.
 pub(super) fn flags_of(fd: i32) -> Result<i32, Errno> {
     // SAFETY: takes no pointer.
