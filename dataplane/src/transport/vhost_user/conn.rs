@@ -154,6 +154,10 @@ impl Conn {
         device.queues.set_memory(map, device.cores);
         for index in (0..self.rings.len() as u16).map(QueueIdx) {
             if self.rings.get(usize::from(index.0)).is_some_and(|r| r.ran) {
+                // Descriptors of a packed ring are overwritten as it goes round, and nothing records which were taken.
+                if device.model.packed() {
+                    return Err(PeerError::PackedRestart);
+                }
                 let setup = self.setup(index, Start::Resumed, device)?;
                 device.queues.start(index, setup, device.cores);
             }

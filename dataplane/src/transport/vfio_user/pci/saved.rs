@@ -100,13 +100,24 @@ impl PciFunction {
             return self.reset_device(cores);
         }
         let running = self.model.status().contains(Status::DRIVER_OK);
+        let packed = self.model.packed();
         for index in (0..self.model.num_queues()).map(QueueIdx) {
             let resets = self.queue_resets.get(usize::from(index.0)).copied();
             let enabled = self.model.queue(index).is_some_and(|q| q.enabled);
             if resets == Some(true) {
                 self.finish_queue_reset(index);
-            } else if running && enabled {
+            } else if running && enabled && !packed {
                 self.start_queue(index, true, cores);
+            }
+        }
+        if running && packed {
+            // Descriptors of a packed ring are overwritten as it goes round, and nothing records which were taken from it.
+            tracing::error!(
+                device = self.id.0,
+                "its driver uses packed rings, which cannot be continued after a restart; it has to reset the device"
+            );
+            if self.model.set_needs_reset() {
+                self.interrupt_config();
             }
         }
         self.update_pin();
