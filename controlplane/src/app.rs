@@ -16,6 +16,7 @@ use ferry_shared::msg::Command;
 use ferry_shared::msg::Event;
 use ferry_shared::msg::Failure;
 use ferry_shared::msg::Item;
+use ferry_shared::msg::PlugState;
 use ferry_shared::msg::Reply;
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -90,6 +91,8 @@ pub struct App {
     log: RefCell<LogSettings>,
     notifications: RefCell<Notifications>,
     baselines: RefCell<Baselines>,
+    /// Tells that the data plane has reported something.
+    news: watch::Sender<()>,
 }
 
 impl App {
@@ -109,6 +112,7 @@ impl App {
             log: RefCell::default(),
             notifications: RefCell::default(),
             baselines: RefCell::default(),
+            news: watch::Sender::default(),
         })
     }
 
@@ -368,21 +372,37 @@ impl App {
             Command::DeviceStart(spec) => self.notify("virtio_fs_device_start", &spec.name),
             Command::DeviceStop { name } => self.notify("virtio_fs_device_stop", name),
             Command::DeviceDestroy { name } => self.notify("virtio_fs_device_destroy", name),
-            Command::Snapshot { .. } | Command::SetLog(_) => {}
+            Command::FunctionDestroy { vuid, .. } => {
+                self.notify("virtio_fs_function_destroy", vuid);
+            }
+            Command::DevicePlug { .. }
+            | Command::DeviceUnplug { .. }
+            | Command::FunctionCreate { .. }
+            | Command::Snapshot { .. }
+            | Command::SetLog(_) => {}
         }
     }
 
     /// Sends what a step needs to the data plane and records the outcome.
-    pub async fn carry_out(&self, step: Step) -> Result<(), Failure> {
+    pub async fn carry_out(&self, step: Step) -> Result<Reply, Failure> {
         let Step::Send(ticket) = step else {
-            return Ok(());
+            return Ok(Reply::Done);
         };
         let outcome = self.send(ticket.command.clone()).await;
-        if outcome.is_ok() {
+        if let Ok(reply) = &outcome {
             self.notify_of(&ticket.command);
+            self.take_function(reply);
         }
         self.model_mut().finish(*ticket, outcome.is_ok());
-        outcome.map(drop)
+        outcome
+    }
+
+    /// Records a function that a command has created.
+    fn take_function(&self, reply: &Reply) {
+        if let Reply::Function(function) = reply {
+            self.notify("virtio_fs_function_create", &function.vuid);
+            self.model_mut().function_created(function.clone());
+        }
     }
 
     /// Takes note that there is no data plane.
@@ -407,8 +427,9 @@ impl App {
         for ticket in adopted.missing {
             let outcome = link.call(ticket.command.clone()).await;
             match &outcome {
-                Ok(_) => {
+                Ok(reply) => {
                     self.notify_of(&ticket.command);
+                    self.take_function(reply);
                     tracing::info!(command = ?ticket.command, "issued again what the data plane lacked");
                 }
                 Err(Failure { errno, detail }) => {
@@ -432,6 +453,23 @@ impl App {
         Ok(())
     }
 
+    /// Waits until the model is as wanted after a report of the data plane, or the data plane has gone.
+    pub async fn reported(&self, wanted: impl Fn(&Model) -> bool) -> Result<(), Failure> {
+        let mut news = self.news.subscribe();
+        let mut linked = self.linked.subscribe();
+        loop {
+            if wanted(&self.model()) {
+                return Ok(());
+            }
+            self.link()?;
+            tokio::select! {
+                // The senders live in `self`, so the channels cannot be closed.
+                _ = news.changed() => {}
+                _ = linked.changed() => {}
+            }
+        }
+    }
+
     /// Takes a report of the data plane.
     pub fn event(&self, event: Event) {
         tracing::debug!(?event, "data plane");
@@ -452,9 +490,19 @@ impl App {
                 };
                 self.notify(kind, device);
             }
+            Event::Plug { vuid, state, .. } => {
+                let kind = match state {
+                    PlugState::PowerOff => "virtio_fs_power_off",
+                    PlugState::PlugInProgress => "virtio_fs_plug_in_progress",
+                    PlugState::PowerOn => "virtio_fs_power_on",
+                    PlugState::UnplugInProgress => "virtio_fs_unplug_in_progress",
+                };
+                self.notify(kind, vuid);
+            }
         }
         // None of it is kept, so this leaves `dirty` alone.
         self.model.borrow_mut().event(event);
+        self.news.send_replace(());
     }
 }
 

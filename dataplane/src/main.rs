@@ -1,6 +1,6 @@
 //! `ferry-dataplane`: the privileged process. Sets up memory, cores and sockets, and then runs the management thread.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use ferry_dataplane::cpumask::CpuMask;
 use ferry_dataplane::os::arena::{Arena, Pages};
 use ferry_dataplane::os::poller::{Poller, Token};
 use ferry_dataplane::os::signal::Signals;
-use ferry_dataplane::platform::Platform;
+use ferry_dataplane::platform::{Platform, firmware};
 use ferry_dataplane::pool::DATA_BUFFER_STRIDE;
 use ferry_dataplane::service::Service;
 use ferry_shared::handshake::server::Listener;
@@ -50,6 +50,10 @@ struct Options {
     /// What the emulated platform offers [default: one manager mlx5_0 with static functions]
     #[arg(long, value_name = "FILE")]
     platform: Option<PathBuf>,
+    /// Settings of the emulated firmware, which `ferry fwconfig` changes; what it says about a manager replaces the firmware
+    /// table of the platform file
+    #[arg(long, value_name = "FILE", default_value = firmware::DEFAULT_STORE)]
+    firmware: PathBuf,
     /// When cores poll
     #[arg(long, value_enum, default_value_t = Poll::Adaptive)]
     poll: Poll,
@@ -84,7 +88,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     // Before any thread exists, so that all of them have these signals blocked.
     let signals = Signals::block().context("cannot take signals over")?;
     raise_fd_limit();
-    let platform = Platform::load(options.platform.as_deref())?;
+    let platform = Platform::load(options.platform.as_deref(), &options.firmware)?;
     let mut listener = Listener::bind(&options.run_dir, options.control_uid)?;
     let run_dir = options
         .run_dir
@@ -95,6 +99,7 @@ fn run(options: Options) -> anyhow::Result<()> {
         std::fs::create_dir_all(&dir)
             .with_context(|| format!("cannot create {}", dir.display()))?;
     }
+    record(&options, &platform, &run_dir)?;
     let poller = Arc::new(Poller::new().context("cannot create an epoll instance")?);
     let cpus = options.cpumask.cpus();
     let (mut arena, buffers) = memory(&options, cpus.len())?;
@@ -117,6 +122,17 @@ fn run(options: Options) -> anyhow::Result<()> {
     let service = Service::new(platform, run_dir.clone(), cpus, cores, Arc::clone(&poller));
     tracing::info!(run_dir = %run_dir.display(), cpumask = %options.cpumask, buffers, "ready");
     serve(service, control, &poller, &signals)
+}
+
+/// Leaves word of the settings that are in effect, for `ferry fwconfig`.
+fn record(options: &Options, platform: &Platform, run_dir: &Path) -> anyhow::Result<()> {
+    let absolute = |path: &Path| std::path::absolute(path);
+    let file = options.platform.as_deref().map(absolute).transpose()?;
+    let record = platform.record(file.as_deref(), &absolute(&options.firmware)?);
+    let path = run_dir.join(firmware::RECORD);
+    record
+        .save(&path)
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Gets the memory that all cores work in.

@@ -3,6 +3,8 @@
 //! Every change is checked completely before anything is touched, so a refused command has changed nothing. Commands that
 //! have to wait for the cores leave a note with the device and are answered when the device has got there.
 
+mod plug;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,10 +15,11 @@ use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_QUEUES_PER_SERVICE, NAME_LEN};
 use ferry_shared::logging;
 use ferry_shared::msg::{
-    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevSpec, Item, Reply,
+    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevSpec, Item, PlugState, Reply,
     Service as Facts,
 };
 
+use self::plug::Ports;
 use crate::cores::CoreSet;
 use crate::fsdev::registry::AnyFsDev;
 use crate::fuse::session::Session;
@@ -64,12 +67,18 @@ struct Device {
     connected: bool,
     /// As last reported.
     mounted: bool,
+    /// It is on a hot-plug port.
+    hot: bool,
+    /// How far it is plugged; a device that needs no plugging is always on.
+    plug: PlugState,
     gate: LogGate,
 }
 
 /// The state of the data plane.
 pub struct Service {
     platform: Platform,
+    /// The hot-plug ports that have a function.
+    ports: Ports,
     run_dir: PathBuf,
     cpus: Vec<u32>,
     cores: CoreSet<AnyFsDev>,
@@ -96,6 +105,7 @@ impl Service {
     ) -> Service {
         Service {
             platform,
+            ports: Ports::default(),
             run_dir,
             cpus,
             cores,
@@ -122,6 +132,16 @@ impl Service {
             Command::DeviceStart(spec) => self.device_start(seq, spec),
             Command::DeviceStop { name } => self.device_stop(seq, &name),
             Command::DeviceDestroy { name } => self.device_destroy(seq, &name),
+            Command::FunctionCreate { manager, vuid } => self
+                .function_create(&manager, vuid.as_deref())
+                .map(|function| Some(Reply::Function(function))),
+            Command::FunctionDestroy { manager, vuid } => self
+                .function_destroy(&manager, &vuid)
+                .map(|()| Some(Reply::Done)),
+            Command::DevicePlug { name } => self.device_plug(&name).map(|()| Some(Reply::Done)),
+            Command::DeviceUnplug { name, ask } => {
+                self.device_unplug(&name, ask).map(|()| Some(Reply::Done))
+            }
             Command::SetLog(spec) => logging::set(&spec).map(|()| Some(Reply::Done)),
         };
         match result {
@@ -220,6 +240,7 @@ impl Service {
         let functions = self
             .platform
             .describe_functions(&self.run_dir)
+            .chain(self.describe_ports())
             .map(Item::Function);
         let fsdevs = self.fsdevs.values().cloned().map(Item::Fsdev);
         let devices = self.devices.iter().filter_map(describe).map(Item::Device);
@@ -319,7 +340,7 @@ impl Service {
             return refuse(Errno::ENOSPC, detail);
         }
         if let Attach::Doca { manager, vuid } = &spec.attach {
-            self.platform.find(manager, vuid)?;
+            self.place(manager, vuid)?;
             let owner = others()
                 .find(|d| matches!(&d.spec.attach, Attach::Doca { vuid: v, .. } if v == vuid));
             if let Some(owner) = owner {
@@ -351,9 +372,11 @@ impl Service {
             backend,
         ));
         let poller = Arc::clone(&self.poller);
+        let mut hot = false;
         let transport = match &spec.attach {
             Attach::Doca { manager, vuid } => {
-                let function = self.platform.find(manager, vuid)?;
+                let function = self.place(manager, vuid)?;
+                hot = function.port.is_some();
                 let socket = function.socket(&self.run_dir);
                 Transport::open_vfio_user(&spec, id, function, &socket, poller)?
             }
@@ -381,6 +404,12 @@ impl Service {
             paused: false,
             connected: false,
             mounted: false,
+            hot,
+            plug: if hot {
+                PlugState::PowerOff
+            } else {
+                PlugState::PowerOn
+            },
             gate: LogGate::new(Instant::now()),
         });
         Ok(())
@@ -466,7 +495,10 @@ impl Service {
 
     /// Forgets a device that is quiet; its socket goes with its transport.
     fn close(&mut self, at: usize) {
-        let device = self.devices.remove(at);
+        let mut device = self.devices.remove(at);
+        if device.hot {
+            device.set_plug(PlugState::PowerOff, &mut self.events);
+        }
         if let Some(backend) = device.shared.backend() {
             crate::reactor::Backend::reset(&*backend, &device.shared.session);
         }
@@ -520,6 +552,7 @@ impl Device {
                 );
             }
         }
+        self.follow_plug(events);
     }
 
     /// Refuses while an earlier command is still under way.

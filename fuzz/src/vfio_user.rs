@@ -1,6 +1,6 @@
 //! An emulated PCIe function with a client that says anything.
 
-use ferry_dataplane::platform::StaticFunction;
+use ferry_dataplane::platform::EmulatedFunction;
 use ferry_dataplane::transport::Transport;
 use ferry_dataplane::transport::vfio_user::wire::{command, header_flags};
 use ferry_shared::msg::Attach;
@@ -13,9 +13,10 @@ fn function() -> World {
         manager: "manager".into(),
         vuid: "vuid".into(),
     });
-    let place = StaticFunction {
+    let place = EmulatedFunction {
         vuid: "vuid".into(),
         pci_address: "0000:00:00.2".into(),
+        port: None,
         num_msix: 3,
         subsystem_vendor: 0x1af4,
         subsystem: 0x105a,

@@ -23,6 +23,7 @@ use super::Device;
 use super::DeviceState;
 use super::Fsdev;
 use super::FsdevOptions;
+use super::HotplugFunction;
 use super::Live;
 use super::Manager;
 use super::Model;
@@ -36,6 +37,7 @@ use crate::state::DeviceV1;
 use crate::state::ExportV1;
 use crate::state::FsdevKindV1;
 use crate::state::FsdevV1;
+use crate::state::FunctionV1;
 use crate::state::ManagerV1;
 use crate::state::OptionsV1;
 use crate::state::StateV1;
@@ -52,6 +54,7 @@ impl Model {
             devices,
             fsdevs: _,
             options,
+            functions,
         } = self;
         StateV1 {
             options: OptionsV1 {
@@ -73,6 +76,13 @@ impl Model {
                     implicit: manager.implicit,
                 })
                 .collect(),
+            functions: functions
+                .iter()
+                .map(|function| FunctionV1 {
+                    manager: function.manager.clone(),
+                    vuid: function.vuid.clone(),
+                })
+                .collect(),
             devices: devices.iter().map(store_device).collect(),
         }
     }
@@ -84,6 +94,7 @@ impl Model {
             fsdevs,
             transports,
             managers,
+            functions,
             devices,
         } = state;
         let mut model = Model {
@@ -102,6 +113,9 @@ impl Model {
         for manager in managers {
             model.restore_manager(manager)?;
         }
+        for function in functions {
+            model.restore_function(function)?;
+        }
         for fsdev in fsdevs {
             model.restore_fsdev(fsdev)?;
         }
@@ -118,6 +132,16 @@ impl Model {
             return refuse(Errno::EEXIST, format!("manager {name} is there twice"));
         }
         self.managers.push(Manager { name, implicit });
+        Ok(())
+    }
+
+    fn restore_function(&mut self, stored: FunctionV1) -> Result<(), Failure> {
+        let FunctionV1 { manager, vuid } = stored;
+        msg::check_name("manager", &manager)?;
+        if self.will_have(&manager, &vuid) {
+            return refuse(Errno::EEXIST, format!("function {vuid} is there twice"));
+        }
+        self.functions.push(HotplugFunction { manager, vuid });
         Ok(())
     }
 

@@ -55,6 +55,7 @@ impl Model {
         self.platform = platform;
         let mut adopted = Adopted::default();
         self.adopt_fsdevs(fsdevs, &mut adopted);
+        adopted.missing.extend(self.adopt_functions());
         self.adopt_devices(devices, &mut adopted);
         adopted
     }
@@ -196,6 +197,11 @@ impl Model {
                     live.mounted = mounted;
                 }
             }
+            Event::Plug {
+                manager,
+                vuid,
+                state,
+            } => self.plug_changed(&manager, &vuid, state),
         }
     }
 }

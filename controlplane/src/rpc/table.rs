@@ -401,7 +401,7 @@ const OPERATE: &[Method] = &[
         help: "Plug a started device into the host",
         params: &[DEVICE, WAIT],
         dataplane: true,
-        handler: Handler::Now(doca::device_hotplug),
+        handler: Handler::Later(doca::device_hotplug),
         ..METHOD
     },
     Method {
@@ -409,7 +409,7 @@ const OPERATE: &[Method] = &[
         help: "Unplug a started device from the host",
         params: &[DEVICE, WAIT],
         dataplane: true,
-        handler: Handler::Now(doca::device_hotplug),
+        handler: Handler::Later(doca::device_hotunplug),
         ..METHOD
     },
     Method {
@@ -460,7 +460,7 @@ const OPERATE: &[Method] = &[
         params: &[MANAGER],
         dataplane: true,
         output: Output::Json,
-        handler: Handler::Now(doca::function_create),
+        handler: Handler::Later(doca::function_create),
         ..METHOD
     },
     Method {
@@ -468,7 +468,7 @@ const OPERATE: &[Method] = &[
         help: "Destroy a hot-pluggable function that no device uses",
         params: &[MANAGER, VUID],
         dataplane: true,
-        handler: Handler::Now(doca::function_destroy),
+        handler: Handler::Later(doca::function_destroy),
         ..METHOD
     },
     Method {

@@ -164,6 +164,9 @@ fn describe_device(model: &Model, device: &Device) -> Value {
         described["manager"] = json!(device.manager.as_deref().unwrap_or_default());
         described["vuid"] = json!(device.vuid.as_deref().unwrap_or_default());
     }
+    if let Some(state) = model.plug_state(&device.name) {
+        described["hotplug_state"] = json!(state.name());
+    }
     described["socket"] = json!(model.device_socket(device).unwrap_or_default());
     described["connected"] = json!(live.is_some_and(|live| live.connected));
     described["mounted"] = json!(live.is_some_and(|live| live.mounted));

@@ -20,7 +20,7 @@ use self::vfio_user::VfioUser;
 use self::vhost_user::VhostUser;
 use crate::engine::{CoreEvent, Cores, DeviceId};
 use crate::os::poller::Poller;
-use crate::platform::StaticFunction;
+use crate::platform::EmulatedFunction;
 
 /// A device's way to its driver.
 #[derive(Debug)]
@@ -43,11 +43,11 @@ impl Transport {
         Ok(Transport::VhostUser(Box::new(device)))
     }
 
-    /// Listens on the vfio-user socket of a function of the platform.
+    /// Listens on the vfio-user socket of a static function of the platform; one on a hot-plug port waits to be plugged.
     pub fn open_vfio_user(
         spec: &DeviceSpec,
         id: DeviceId,
-        place: &StaticFunction,
+        place: &EmulatedFunction,
         socket: &Path,
         poller: Arc<Poller>,
     ) -> Result<Transport, Failure> {
@@ -116,6 +116,14 @@ impl Transport {
         match self {
             Transport::VhostUser(device) => device.connected(),
             Transport::VfioUser(device) => device.connected(),
+        }
+    }
+
+    /// The function, for what only functions do.
+    pub fn function(&mut self) -> Option<&mut VfioUser> {
+        match self {
+            Transport::VhostUser(_) => None,
+            Transport::VfioUser(device) => Some(device),
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::engine::Cores;
 use crate::id::{CoreEvent, DeviceId};
 use crate::os::poller::{Poller, Token};
 use crate::os::socket::{Listener, Received, Stream};
-use crate::platform::StaticFunction;
+use crate::platform::EmulatedFunction;
 
 /// Numbers of the descriptors in the poller.
 const LISTENER: u32 = 0;
@@ -76,7 +76,7 @@ pub struct VfioUser {
     id: DeviceId,
     name: String,
     poller: Arc<Poller>,
-    /// `None` once the device is closed.
+    /// `None` while the function is not offered to anybody: not plugged, or closed.
     listener: Option<Listener>,
     client: Option<Client>,
     /// A client that has come while the cores still work for the last one.
@@ -85,11 +85,11 @@ pub struct VfioUser {
 }
 
 impl VfioUser {
-    /// Makes the function at `place`, and its socket.
+    /// Makes the function at `place`, and its socket unless it is to be plugged later.
     pub fn open(
         spec: &DeviceSpec,
         id: DeviceId,
-        place: &StaticFunction,
+        place: &EmulatedFunction,
         socket: &Path,
         poller: Arc<Poller>,
     ) -> Result<VfioUser, Failure> {
@@ -99,8 +99,7 @@ impl VfioUser {
         };
         let function =
             PciFunction::new(id, spec, place).map_err(|e| failed("make the event counters", e))?;
-        let listener = Listener::bind(socket)?;
-        let device = VfioUser {
+        let mut device = VfioUser {
             id,
             name: spec.name.clone(),
             poller,
@@ -109,16 +108,46 @@ impl VfioUser {
             next: None,
             served: Served::new(&spec.name, function),
         };
+        if place.port.is_none() {
+            device.listen(socket)?;
+        }
         let pin = device.served.function.pin();
         device
             .poller
-            .add(&listener, device.token(LISTENER))
-            .and_then(|()| device.poller.add(pin, device.token(PIN)))
-            .map_err(|e| failed("wait for connections", e))?;
-        Ok(VfioUser {
-            listener: Some(listener),
-            ..device
-        })
+            .add(pin, device.token(PIN))
+            .map_err(|e| failed("watch the interrupt pin", e))?;
+        Ok(device)
+    }
+
+    /// Offers the function to clients.
+    pub fn listen(&mut self, socket: &Path) -> Result<(), Failure> {
+        let listener = Listener::bind(socket)?;
+        self.poller
+            .add(&listener, self.token(LISTENER))
+            .map_err(|e| {
+                let detail = format!("cannot wait for connections of device {}", self.name);
+                Failure::new(Errno::from_raw(e as i32), detail)
+            })?;
+        self.listener = Some(listener);
+        Ok(())
+    }
+
+    /// Takes the socket away; a client that is connected stays.
+    pub fn withdraw(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            let _ = self.poller.remove(&listener);
+        }
+        self.next = None;
+    }
+
+    /// Asks the client, in the way of VFIO, to let go of the function.
+    pub fn ask_release(&self) {
+        self.served.function.ask_release();
+    }
+
+    /// Whether the driver has taken the function.
+    pub fn driver_ok(&self) -> bool {
+        self.served.function.driver_ok()
     }
 
     fn token(&self, local: u32) -> Token {
@@ -150,11 +179,8 @@ impl VfioUser {
 
     /// Takes the socket away and resets the function. [`is_quiet`](Self::is_quiet) tells when nothing is left.
     pub fn begin_close(&mut self, cores: &mut dyn Cores) {
-        if let Some(listener) = self.listener.take() {
-            let _ = self.poller.remove(&listener);
-            let _ = self.poller.remove(self.served.function.pin());
-        }
-        self.next = None;
+        self.withdraw();
+        let _ = self.poller.remove(self.served.function.pin());
         self.drop_client();
         self.served.hang_up(cores);
     }

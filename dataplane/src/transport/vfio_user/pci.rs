@@ -18,7 +18,7 @@ use crate::engine::Cores;
 use crate::id::{CoreEvent, DeviceId, QueueIdx};
 use crate::mem::{GuestMap, Iova};
 use crate::os::eventfd::EventFd;
-use crate::platform::StaticFunction;
+use crate::platform::EmulatedFunction;
 use crate::transport::running::{Notice, QueueSetup, RunningQueues};
 use crate::virtio::device::{DeviceModel, QueueSettings, StatusEffect};
 use crate::virtio::queue::QueueState;
@@ -116,7 +116,7 @@ impl PciFunction {
     pub(crate) fn new(
         id: DeviceId,
         spec: &DeviceSpec,
-        place: &StaticFunction,
+        place: &EmulatedFunction,
     ) -> Result<PciFunction, Errno> {
         let size = u16::try_from(spec.queue_size).unwrap_or(u16::MAX);
         let model = DeviceModel::new(spec, FEATURES, size);
@@ -482,6 +482,16 @@ impl PciFunction {
         self.resetting = false;
         self.queues.set_memory(Arc::clone(&self.map), cores);
         self.update_pin();
+    }
+
+    /// Whether the driver has said that it is ready.
+    pub(crate) fn driver_ok(&self) -> bool {
+        self.model.status().contains(Status::DRIVER_OK)
+    }
+
+    /// Asks the client to let go of the function.
+    pub(crate) fn ask_release(&self) {
+        self.irqs.ask_release();
     }
 
     /// Whether a reset is under way.
