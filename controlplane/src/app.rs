@@ -18,6 +18,7 @@ use ferry_shared::msg::Failure;
 use ferry_shared::msg::Item;
 use ferry_shared::msg::PlugState;
 use ferry_shared::msg::Reply;
+use ferry_shared::msg::Tuning;
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio::sync::watch;
@@ -25,6 +26,7 @@ use tokio::sync::watch;
 use crate::dataplane::Link;
 use crate::model::Model;
 use crate::model::Step;
+use crate::model::Wishes;
 use crate::rpc::Baselines;
 use crate::rpc::LogSettings;
 use crate::rpc::Notifications;
@@ -41,14 +43,22 @@ use crate::state::Store;
 
 /// A part of the service that can be disabled before the start.
 pub struct Subsystem {
-    /// Its name, with which the names of its methods begin.
+    /// Its name, with which the names of its methods begin, or end if it is the scheduler.
     pub name: &'static str,
     /// Subsystems that it needs.
     pub depends_on: &'static [&'static str],
 }
 
 /// The subsystems, in the order of their dependencies.
-pub const SUBSYSTEMS: [Subsystem; 2] = [
+pub const SUBSYSTEMS: [Subsystem; 4] = [
+    Subsystem {
+        name: "scheduler",
+        depends_on: &[],
+    },
+    Subsystem {
+        name: "iobuf",
+        depends_on: &[],
+    },
     Subsystem {
         name: "fsdev",
         depends_on: &[],
@@ -82,6 +92,8 @@ pub struct App {
     /// Asks for an attempt without delay.
     impatient: Notify,
     phase: watch::Sender<Phase>,
+    /// Whether `framework_start_init` is at work.
+    initialising: Cell<bool>,
     disabled: RefCell<Vec<&'static str>>,
     allowed: Option<Vec<String>>,
     /// Where the state is kept, if it is.
@@ -93,6 +105,9 @@ pub struct App {
     baselines: RefCell<Baselines>,
     /// Tells that the data plane has reported something.
     news: watch::Sender<()>,
+    turn: tokio::sync::Mutex<()>,
+    /// Whether an operator has asked for the end of the service.
+    pub(crate) end_asked: Cell<bool>,
 }
 
 impl App {
@@ -105,6 +120,7 @@ impl App {
             connecting: Cell::new(false),
             impatient: Notify::new(),
             phase: watch::Sender::new(Phase::Startup),
+            initialising: Cell::new(false),
             disabled: RefCell::default(),
             allowed,
             store: RefCell::default(),
@@ -113,11 +129,23 @@ impl App {
             notifications: RefCell::default(),
             baselines: RefCell::default(),
             news: watch::Sender::default(),
+            turn: tokio::sync::Mutex::default(),
+            end_asked: Cell::new(false),
         })
+    }
+
+    /// Whether an operator has asked by RPC for the end of the service.
+    pub fn is_end_asked(&self) -> bool {
+        self.end_asked.get()
     }
 
     /// Begins with what was kept.
     pub fn restore(&self, state: StateV1) -> Result<(), Failure> {
+        for name in &state.disabled {
+            let known = SUBSYSTEMS.iter().find(|subsystem| subsystem.name == name);
+            let unknown = || Failure::new(Errno::EINVAL, format!("there is no subsystem {name:?}"));
+            self.set_enabled(known.ok_or_else(unknown)?.name, false);
+        }
         *self.model_mut() = Model::restore(state)?;
         Ok(())
     }
@@ -133,7 +161,10 @@ impl App {
             return Ok(());
         }
         if let Some(store) = self.store.borrow_mut().as_mut() {
-            store.save(&self.model().stored())?;
+            let mut state = self.model().stored();
+            let disabled = self.disabled.borrow();
+            state.disabled = disabled.iter().map(|name| (*name).to_owned()).collect();
+            store.save(&state)?;
         }
         self.dirty.set(false);
         Ok(())
@@ -165,9 +196,28 @@ impl App {
         self.model.borrow_mut()
     }
 
-    /// Leaves the startup state.
-    pub fn start_init(&self) {
+    /// Leaves the startup state. A data plane that is there first gets what it lacks.
+    pub async fn start_init(&self) -> Result<(), Failure> {
+        if self.initialising.replace(true) {
+            let detail = "the initialisation is under way; wait for it with framework_wait_init";
+            return Err(Failure::new(Errno::EALREADY, detail));
+        }
+        loop {
+            let link = self.link.borrow().clone();
+            let Ok(link) = link else {
+                break;
+            };
+            if let Ok(items) = snapshot(&*link).await {
+                self.reconcile(&*link, items).await;
+            }
+            // A data plane that has come meanwhile has been given nothing yet.
+            if matches!(&*self.link.borrow(), Ok(current) if Rc::ptr_eq(current, &link)) {
+                break;
+            }
+        }
+        self.initialising.set(false);
         self.advance(Phase::Running);
+        Ok(())
     }
 
     /// Moves the start on; never back.
@@ -216,6 +266,7 @@ impl App {
         if !enabled {
             disabled.push(subsystem);
         }
+        self.dirty.set(true);
     }
 
     /// Whether a method exists for clients: allowed, and not of a disabled subsystem.
@@ -224,11 +275,12 @@ impl App {
             None => true,
             Some(names) => names.iter().any(|name| name == method.name),
         };
-        let of = |subsystem: &&str| {
-            method
-                .name
-                .strip_prefix(*subsystem)
-                .is_some_and(|rest| rest.starts_with('_'))
+        let of = |subsystem: &&str| match *subsystem {
+            "scheduler" => method.name.ends_with("_scheduler"),
+            other => {
+                let rest = method.name.strip_prefix(other);
+                rest.is_some_and(|rest| rest.starts_with('_'))
+            }
         };
         allowed && !self.disabled.borrow().iter().any(of)
     }
@@ -319,9 +371,26 @@ impl App {
             .map_err(|why| Failure::new(Errno::ENODEV, format!("data plane is not running: {why}")))
     }
 
-    async fn send(&self, command: Command) -> Result<Reply, Failure> {
+    /// Waits for its turn among the requests that read something of the data plane and write it back changed.
+    pub async fn turn(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// Sends a command that concerns no object of the model.
+    pub async fn send(&self, command: Command) -> Result<Reply, Failure> {
         let link = self.link()?;
         link.call(command).await
+    }
+
+    /// Asks how the data plane works.
+    pub async fn tuning(&self) -> Result<Tuning, Failure> {
+        let link = self.link()?;
+        tuning(&*link).await
+    }
+
+    /// Whether there is a data plane to send to.
+    pub fn is_linked(&self) -> bool {
+        self.link.borrow().is_ok()
     }
 
     /// What is logged.
@@ -375,11 +444,7 @@ impl App {
             Command::FunctionDestroy { vuid, .. } => {
                 self.notify("virtio_fs_function_destroy", vuid);
             }
-            Command::DevicePlug { .. }
-            | Command::DeviceUnplug { .. }
-            | Command::FunctionCreate { .. }
-            | Command::Snapshot { .. }
-            | Command::SetLog(_) => {}
+            _ => {}
         }
     }
 
@@ -411,9 +476,30 @@ impl App {
         self.linked.send_replace(Some(false));
     }
 
-    /// Takes over what the data plane has, issues what it lacks, and from then on sends requests to it.
+    /// Sends requests to a data plane from now on. Once the startup state has been left, the data plane first gets what
+    /// it lacks; before that, `framework_start_init` sees to it.
     pub async fn connected(&self, link: Rc<dyn Link>) -> Result<(), Failure> {
+        let settings = self.log_settings();
+        if settings != LogSettings::default() {
+            link.call(Command::SetLog(settings.spec())).await?;
+        }
         let items = snapshot(&*link).await?;
+        // Nothing is awaited between this and the taking of the link, so the start cannot pass in between.
+        if *self.phase.borrow() == Phase::Startup {
+            self.model.borrow_mut().note_platform(&items);
+        } else {
+            self.reconcile(&*link, items).await;
+        }
+        // Another data plane counts from zero.
+        self.baselines().clear();
+        self.notify("dataplane_connect", &self.model().platform().run_dir);
+        *self.link.borrow_mut() = Ok(link);
+        self.linked.send_replace(Some(true));
+        Ok(())
+    }
+
+    /// Takes over what the data plane has, and issues what it lacks.
+    async fn reconcile(&self, link: &dyn Link, items: Vec<Item>) {
         let adopted = self.model_mut().adopt(items);
         if !adopted.objects.is_empty() {
             tracing::info!(
@@ -424,33 +510,71 @@ impl App {
         for Failure { errno, detail } in adopted.impossible {
             tracing::error!(%errno, detail, "cannot issue again what the data plane lacks");
         }
+        self.issue_wishes(link).await;
         for ticket in adopted.missing {
-            let outcome = link.call(ticket.command.clone()).await;
-            match &outcome {
-                Ok(reply) => {
-                    self.notify_of(&ticket.command);
-                    self.take_function(reply);
-                    tracing::info!(command = ?ticket.command, "issued again what the data plane lacked");
-                }
-                Err(Failure { errno, detail }) => {
-                    tracing::error!(command = ?ticket.command, %errno, detail, "cannot issue again what the data plane lacks");
-                }
-            }
-            self.model_mut().finish_missing(ticket, outcome.is_ok());
+            let done = self.issue_missing(link, &ticket.command).await;
+            self.model_mut().finish_missing(ticket, done);
         }
         if let Err(error) = self.keep() {
             tracing::error!(%error, "the state is not kept");
         }
-        let settings = self.log_settings();
-        if settings != LogSettings::default() {
-            link.call(Command::SetLog(settings.spec())).await?;
+    }
+
+    /// Has the data plane work as wanted. What it refuses stays wanted.
+    async fn issue_wishes(&self, link: &dyn Link) {
+        let wishes = self.model().wishes();
+        if wishes == Wishes::default() {
+            return;
         }
-        // Another data plane counts from zero.
-        self.baselines().clear();
-        self.notify("dataplane_connect", &self.model().platform().run_dir);
-        *self.link.borrow_mut() = Ok(link);
-        self.linked.send_replace(Some(true));
-        Ok(())
+        let tuning = match tuning(link).await {
+            Ok(tuning) => tuning,
+            Err(Failure { errno, detail }) => {
+                return tracing::error!(%errno, detail, "cannot ask how the data plane works");
+            }
+        };
+        let cores = self.model().platform().cores;
+        let pools = wishes.pools(tuning.pools);
+        let mut commands = Vec::new();
+        if pools.per_core(cores) != tuning.pools.per_core(cores) && self.is_enabled("iobuf") {
+            commands.push(Command::SetPools(pools));
+        }
+        let scheduler = wishes
+            .scheduler
+            .filter(|wanted| *wanted != tuning.scheduler);
+        if self.is_enabled("scheduler") {
+            commands.extend(scheduler.map(Command::SetScheduler));
+        }
+        for command in commands {
+            match link.call(command.clone()).await {
+                Ok(_) => tracing::info!(?command, "issued again what the data plane lacked"),
+                Err(Failure { errno, detail }) => {
+                    tracing::error!(?command, %errno, detail, "the data plane does not work as wanted");
+                }
+            }
+        }
+    }
+
+    async fn issue_missing(&self, link: &dyn Link, command: &Command) -> bool {
+        let subsystem = match command {
+            Command::FsdevCreate(_) => "fsdev",
+            _ => "virtio_fs",
+        };
+        if !self.is_enabled(subsystem) {
+            tracing::info!(?command, subsystem, "not issued: its subsystem is disabled");
+            return false;
+        }
+        match link.call(command.clone()).await {
+            Ok(reply) => {
+                self.notify_of(command);
+                self.take_function(&reply);
+                tracing::info!(?command, "issued again what the data plane lacked");
+                true
+            }
+            Err(Failure { errno, detail }) => {
+                tracing::error!(?command, %errno, detail, "cannot issue again what the data plane lacks");
+                false
+            }
+        }
     }
 
     /// Waits until the model is as wanted after a report of the data plane, or the data plane has gone.
@@ -503,6 +627,17 @@ impl App {
         // None of it is kept, so this leaves `dirty` alone.
         self.model.borrow_mut().event(event);
         self.news.send_replace(());
+    }
+}
+
+/// Asks how the data plane works.
+pub(crate) async fn tuning(link: &dyn Link) -> Result<Tuning, Failure> {
+    match link.call(Command::Tuning).await? {
+        Reply::Tuning(tuning) => Ok(tuning),
+        _ => Err(Failure::new(
+            Errno::EPROTO,
+            "the data plane has answered with something else than how it works",
+        )),
     }
 }
 

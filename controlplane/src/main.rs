@@ -19,6 +19,7 @@ use ferry_controlplane::metrics::Place;
 use ferry_controlplane::rpc::table::When;
 use ferry_controlplane::server::Endpoint;
 use ferry_controlplane::state::Store;
+use ferry_shared::EXIT_ASKED;
 use ferry_shared::logging;
 use nix::unistd::Gid;
 use tokio::signal::unix::SignalKind;
@@ -93,7 +94,7 @@ fn main() -> ExitCode {
     let options = Options::parse();
     logging::init("RUST_LOG");
     match run(options) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
@@ -101,7 +102,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: Options) -> anyhow::Result<()> {
+fn run(options: Options) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -116,7 +117,7 @@ struct Initial {
     script: Option<String>,
 }
 
-async fn serve(options: Options) -> anyhow::Result<()> {
+async fn serve(options: Options) -> anyhow::Result<ExitCode> {
     let app = App::new(options.rpcs_allowed);
     // Container templates set variables to nothing.
     let given = |path: &&PathBuf| !path.as_os_str().is_empty();
@@ -150,7 +151,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let before = |when| when != When::Runtime;
     config::apply(&app, &initial.entries, before, initial.ignore_errors).await?;
     if !options.wait_for_rpc {
-        app.start_init();
+        app.advance(Phase::Running);
     }
     let stop = stop_signal()?;
     let rpc = async {
@@ -174,7 +175,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
             }
         }
     };
-    tokio::select! {
+    let ended = tokio::select! {
         never = dataplane::keep_connected(Rc::clone(&app), &options.run_dir) => match never {},
         served = rpc => served,
         served = metrics => served,
@@ -183,7 +184,11 @@ async fn serve(options: Options) -> anyhow::Result<()> {
             tracing::info!(signal, "stopping; the data plane goes on");
             Ok(())
         }
-    }
+    };
+    ended.map(|()| match app.is_end_asked() {
+        true => ExitCode::from(EXIT_ASKED),
+        false => ExitCode::SUCCESS,
+    })
 }
 
 /// Takes over the state of an earlier run.

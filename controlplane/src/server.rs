@@ -8,6 +8,7 @@ use std::fs::File;
 use std::fs::OpenOptions;
 use std::fs::Permissions;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::fs::PermissionsExt;
@@ -23,6 +24,10 @@ use ferry_shared::msg::Failure;
 use nix::errno::Errno;
 use nix::fcntl::Flock;
 use nix::fcntl::FlockArg;
+use nix::poll::PollFd;
+use nix::poll::PollFlags;
+use nix::poll::PollTimeout;
+use nix::poll::poll;
 use nix::sys::stat::Mode;
 use nix::sys::stat::umask;
 use nix::unistd::Gid;
@@ -32,6 +37,7 @@ use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixListener;
 use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::Mutex;
 use tokio::sync::OwnedSemaphorePermit;
@@ -53,6 +59,9 @@ use crate::rpc::table::Handler;
 pub const MAX_CONNECTIONS: usize = 64;
 /// Requests of one connection that may wait for other requests at a time.
 const MAX_DETACHED: usize = 16;
+
+/// Time between two looks whether a client that writes no more is still there.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Why the socket cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -267,7 +276,7 @@ async fn converse(app: Rc<App>, client: Rc<Client>, stream: UnixStream) -> io::R
     loop {
         let count = reader.read(&mut buffer).await?;
         if count == 0 {
-            return Ok(());
+            return answer_out(&reader, &mut detached).await;
         }
         framer.push(buffer.get(..count).unwrap_or_default());
         while let Some(next) = framer.next_request() {
@@ -299,6 +308,30 @@ async fn converse(app: Rc<App>, client: Rc<Client>, stream: UnixStream) -> io::R
                     if fatal {
                         return Ok(());
                     }
+                }
+            }
+        }
+    }
+}
+
+/// A client that writes no more may still read: it gets the answers that are under way, unless it goes altogether.
+async fn answer_out(
+    reader: &OwnedReadHalf,
+    detached: &mut JoinSet<io::Result<()>>,
+) -> io::Result<()> {
+    let mut look = tokio::time::interval(LOOK);
+    loop {
+        tokio::select! {
+            joined = detached.join_next() => if joined.is_none() {
+                return Ok(());
+            },
+            _ = look.tick() => {
+                let stream: &UnixStream = reader.as_ref();
+                let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+                poll(&mut fds, PollTimeout::ZERO)?;
+                let events = fds.iter().filter_map(PollFd::revents);
+                if events.into_iter().any(|events| events.contains(PollFlags::POLLHUP)) {
+                    return Ok(());
                 }
             }
         }

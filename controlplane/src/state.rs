@@ -42,6 +42,43 @@ pub struct StateV1 {
     pub functions: Vec<FunctionV1>,
     /// The devices, oldest first.
     pub devices: Vec<DeviceV1>,
+    /// Subsystems that were disabled before the start; absent in older files.
+    #[serde(default)]
+    pub disabled: Vec<String>,
+    /// What is wanted of the data plane's own working; absent in older files.
+    #[serde(default)]
+    pub wishes: WishesV1,
+}
+
+/// What is wanted of the data plane's own working.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WishesV1 {
+    /// Request slots of all cores together.
+    pub small_pool_count: Option<u32>,
+    /// Data buffers of all cores together.
+    pub large_pool_count: Option<u32>,
+    /// How queues are spread over the cores.
+    pub scheduler: Option<SchedulerV1>,
+}
+
+/// How queues are spread over the cores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum SchedulerV1 {
+    /// They stay where they are.
+    Static {},
+    /// They go where there is room.
+    Dynamic {
+        /// Time between two looks at the loads, in µs.
+        period_us: u64,
+        /// Load of a queue that is worth moving, in per cent.
+        load_limit: u8,
+        /// Load of a core that gives queues away, in per cent.
+        core_limit: u8,
+        /// Most load that a core is given, in per cent.
+        core_busy: u8,
+    },
 }
 
 /// The options of the fsdev library.
@@ -92,6 +129,11 @@ pub enum FsdevKindV1 {
     },
     /// Answers everything, stores nothing.
     Null {},
+    /// Hands everything on to another one.
+    Passthru {
+        /// The other one's name.
+        base: String,
+    },
 }
 
 /// How a directory is exported. A text is what the parameter of the same name takes; an absent one stands for the default.

@@ -242,7 +242,8 @@ fn a_request_can_ask_it_to_end() {
         r#"{"id":1,"method":"spdk_kill_instance","params":{"sig_name":"15"}}"#,
     );
     assert!(done.contains("\"result\":true"), "{done}");
-    assert!(controlplane.end().1.success());
+    let code = controlplane.end().1.code();
+    assert_eq!(code, Some(i32::from(ferry_shared::EXIT_ASKED)));
 }
 
 #[test]

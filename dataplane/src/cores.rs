@@ -3,36 +3,40 @@
 //! The management thread talks to a core through its mailbox and hears from it through [`CoreSet::take_event`]. A core
 //! never waits for the management thread, and the other way round.
 
+mod balance;
+mod crew;
 mod helpers;
 mod meter;
+mod placement;
 mod thread;
+mod tune;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ferry_shared::counters::{self, CoreCounters, Counters};
+use ferry_shared::counters::{self, Counters};
+use ferry_shared::trace::Traces;
 
 use crate::dispatch::Outcome;
 use crate::engine::{Cores, QueueStart};
 use crate::id::{CoreEvent, DeviceId, QueueIdx};
 use crate::mailbox::Mailbox;
 use crate::mem::GuestMap;
-use crate::os::arena::Arena;
+use crate::os::arena::{Arena, Pages};
 use crate::os::eventfd::EventFd;
 use crate::reactor::{Backend, DeviceShared, StartQueue};
 use crate::slot::SlotBody;
 use crate::virtio::queue::{Queue, QueueState};
-use helpers::Helpers;
-use thread::CoreSeed;
+use crew::{Crew, Ground};
+use placement::Placement;
+pub use placement::QueueName;
+use tune::LoadMeter;
 
-/// Request slots of a core: requests that it can have in flight.
-pub const SLOTS_PER_CORE: u32 = 256;
-/// Fewest data buffers of a core: one request may need two.
-pub const MIN_BUFFERS_PER_CORE: u32 = 2;
+/// Request slots of a core when the operator names no number: requests that it can have in flight.
+pub const DEFAULT_SLOTS_PER_CORE: u32 = 256;
 /// Data buffers of a core when the operator gives no memory size.
 pub const DEFAULT_BUFFERS_PER_CORE: u32 = 32;
 /// Helper threads per core, besides those that devices bring.
@@ -83,6 +87,7 @@ enum CoreMessage<B> {
         device: DeviceId,
         unique: u64,
     },
+    Ping,
     Quit,
 }
 
@@ -95,6 +100,8 @@ pub struct CoreOptions {
     pub cpus: Vec<u32>,
     /// When they sleep.
     pub mode: PollMode,
+    /// Request slots of each core.
+    pub slots: u32,
     /// Data buffers of each core.
     pub buffers: u32,
 }
@@ -111,74 +118,55 @@ struct DeviceEntry<B> {
 
 /// All cores, in the hands of the management thread.
 pub struct CoreSet<B: Backend> {
-    mailboxes: Vec<Arc<CoreMailbox<B>>>,
-    events: Arc<Mailbox<CoreEvent>>,
+    options: CoreOptions,
+    crew: Crew<B>,
+    ground: Ground,
+    /// Bytes and pages of the memory that the cores work in.
+    memory: (usize, Pages),
     local: VecDeque<CoreEvent>,
     /// What [`CoreSet::take_event`] has looked at already.
     settled: VecDeque<CoreEvent>,
-    helpers: Arc<Helpers<B>>,
-    threads: Vec<JoinHandle<()>>,
     devices: HashMap<DeviceId, DeviceEntry<B>>,
-    /// Which core serves a queue.
-    placed: HashMap<(DeviceId, QueueIdx), usize>,
-    /// Queues per core.
-    load: Vec<usize>,
-    counters: &'static Counters,
+    placement: Placement,
+    /// Where queues go that have been told to move.
+    moving: HashMap<QueueName, usize>,
+    loads: LoadMeter,
     counters_file: OwnedFd,
+    trace_file: OwnedFd,
 }
 
 /// Bytes that one core's slots and buffers take.
-pub fn core_memory(buffers: u32) -> usize {
-    Arena::room_for::<SlotBody>(SLOTS_PER_CORE) + Arena::room_for_pool(buffers)
+pub fn core_memory(slots: u32, buffers: u32) -> usize {
+    Arena::room_for::<SlotBody>(slots) + Arena::room_for_pool(buffers)
 }
 
 impl<B: Backend> CoreSet<B> {
     /// Starts the cores, whose memory comes from `arena`.
     pub fn start(options: &CoreOptions, arena: &mut Arena) -> io::Result<CoreSet<B>> {
         let count = options.cpus.len();
-        let mut mailboxes = Vec::with_capacity(count);
-        for _ in 0..count {
-            mailboxes.push(Arc::new(Mailbox::new(MAILBOX)?));
-        }
-        let events = Arc::new(Mailbox::new(MAILBOX)?);
         let (counters, counters_file) = Counters::create(count).map_err(io::Error::other)?;
-        // The cores count as long as the process lives.
-        let counters: &'static Counters = Box::leak(Box::new(counters));
-        let helpers = Helpers::start(count * SLOTS_PER_CORE as usize, count * HELPERS_PER_CORE)?;
-        let mut threads = Vec::new();
-        for (number, &cpu) in options.cpus.iter().enumerate() {
-            let bodies = arena
-                .slab(SLOTS_PER_CORE, SlotBody::new)
-                .ok_or(io::ErrorKind::OutOfMemory)?;
-            let pool = arena
-                .pool(options.buffers)
-                .ok_or(io::ErrorKind::OutOfMemory)?;
-            let seed = CoreSeed {
-                number,
-                cpu,
-                mode: options.mode,
-                bodies,
-                pool,
-                own: Arc::clone(&mailboxes[number]),
-                others: others(&mailboxes, number),
-                helpers: Arc::clone(&helpers),
-                events: Arc::clone(&events),
-                counters: CoreCounters::new(counters.words(), number),
-            };
-            threads.push(seed.spawn()?);
-        }
+        let origin = Instant::now();
+        let (traces, trace_file) = Traces::create(count).map_err(io::Error::other)?;
+        // The cores count and trace as long as the process lives.
+        let ground = Ground {
+            events: Arc::new(Mailbox::new(MAILBOX)?),
+            counters: Box::leak(Box::new(counters)),
+            traces: Box::leak(Box::new(traces)),
+            origin,
+        };
         Ok(CoreSet {
-            mailboxes,
-            events,
+            crew: Crew::start(options, arena, &ground)?,
+            memory: (arena.bytes(), arena.pages()),
             local: VecDeque::new(),
             settled: VecDeque::new(),
-            helpers,
-            threads,
             devices: HashMap::new(),
-            placed: HashMap::new(),
-            load: vec![0; count],
-            counters,
+            placement: Placement::new(options.cpus.clone()),
+            moving: HashMap::new(),
+            loads: LoadMeter::default(),
             counters_file,
+            trace_file,
+            options: options.clone(),
+            ground,
         })
     }
 
@@ -187,15 +175,25 @@ impl<B: Backend> CoreSet<B> {
         self.counters_file.as_fd()
     }
 
+    /// Whether every core has got as far as to answer the last [`CoreSet::ping`].
+    pub fn all_answered(&self) -> bool {
+        self.crew.all_answered()
+    }
+
+    /// Asks every core for a sign of life.
+    pub fn ping(&self) {
+        self.crew.ping();
+    }
+
     /// Whether a device with this id would be counted.
     pub fn would_count(&self, device: DeviceId) -> bool {
-        counters::is_free(self.counters.words(), device.0)
+        counters::is_free(self.ground.counters.words(), device.0)
     }
 
     /// Makes a device known, before its queues are started.
     pub fn attach(&mut self, device: DeviceId, name: &str, shared: Arc<DeviceShared<B>>) {
-        counters::register(self.counters.words(), device.0, name);
-        self.helpers.attach(device);
+        counters::register(self.ground.counters.words(), device.0, name);
+        self.crew.helpers.attach(device);
         self.devices.insert(
             device,
             DeviceEntry {
@@ -208,9 +206,11 @@ impl<B: Backend> CoreSet<B> {
 
     /// Forgets a device that has no queues any more.
     pub fn detach(&mut self, device: DeviceId) {
-        counters::unregister(self.counters.words(), device.0);
-        self.helpers.detach(device);
+        counters::unregister(self.ground.counters.words(), device.0);
+        self.crew.helpers.detach(device);
         self.devices.remove(&device);
+        self.placement.forget(device);
+        self.moving.retain(|(moving, _), _| *moving != device);
     }
 
     /// What the cores share of a device.
@@ -220,18 +220,18 @@ impl<B: Backend> CoreSet<B> {
 
     /// The management thread is about to sleep on [`CoreSet::event_fd`]; `false` when there are events.
     pub fn prepare_sleep(&self) -> bool {
-        self.local.is_empty() && self.settled.is_empty() && self.events.prepare_sleep()
+        self.local.is_empty() && self.settled.is_empty() && self.ground.events.prepare_sleep()
     }
 
     /// The management thread is awake again.
     pub fn awake(&self) {
-        self.events.awake();
-        self.events.drain();
+        self.ground.events.awake();
+        self.ground.events.drain();
     }
 
     /// Readable when a core has something to say to a sleeping management thread.
     pub fn event_fd(&self) -> BorrowedFd<'_> {
-        self.events.as_fd()
+        self.ground.events.as_fd()
     }
 
     /// The next thing that the cores have to say.
@@ -240,12 +240,13 @@ impl<B: Backend> CoreSet<B> {
             return Some(event);
         }
         loop {
-            let event = self.local.pop_front().or_else(|| self.events.take())?;
+            let event = self
+                .local
+                .pop_front()
+                .or_else(|| self.ground.events.take())?;
             match &event {
                 CoreEvent::QueueStopped { device, index, .. } => {
-                    if let Some(core) = self.placed.remove(&(*device, *index)) {
-                        self.load[core] = self.load[core].saturating_sub(1);
-                    }
+                    self.placement.gone((*device, *index));
                 }
                 CoreEvent::MemoryReplaced { device } => {
                     let Some(entry) = self.devices.get_mut(device) else {
@@ -267,31 +268,25 @@ impl<B: Backend> CoreSet<B> {
 
     /// Ends all threads; the devices must be closed.
     pub fn shut_down(self) {
-        for mailbox in &self.mailboxes {
-            mailbox.post(CoreMessage::Quit);
-        }
-        for thread in self.threads {
-            let _ = thread.join();
-        }
-        self.helpers.close();
+        self.crew.end();
     }
 
-    /// The core with the fewest queues.
-    fn pick_core(&self) -> usize {
-        self.load
-            .iter()
-            .enumerate()
-            .min_by_key(|&(_, load)| load)
-            .map_or(0, |(core, _)| core)
+    fn post(&self, core: usize, message: CoreMessage<B>) {
+        if let Some(mailbox) = self.crew.mailboxes.get(core) {
+            mailbox.post(message);
+        }
     }
 
     fn stop(&mut self, device: DeviceId, index: QueueIdx, reset: bool) {
-        match self.placed.get(&(device, index)) {
-            Some(&core) => self.mailboxes[core].post(CoreMessage::Stop {
-                device,
-                index,
-                reset,
-            }),
+        match self.placement.core_of((device, index)) {
+            Some(core) => self.post(
+                core,
+                CoreMessage::Stop {
+                    device,
+                    index,
+                    reset,
+                },
+            ),
             None => self.local.push_back(CoreEvent::QueueStopped {
                 device,
                 index,
@@ -299,15 +294,6 @@ impl<B: Backend> CoreSet<B> {
             }),
         }
     }
-}
-
-fn others<B>(mailboxes: &[Arc<CoreMailbox<B>>], own: usize) -> Vec<Arc<CoreMailbox<B>>> {
-    mailboxes
-        .iter()
-        .enumerate()
-        .filter(|&(n, _)| n != own)
-        .map(|(_, m)| Arc::clone(m))
-        .collect()
 }
 
 impl<B: Backend> Cores for CoreSet<B> {
@@ -325,9 +311,8 @@ impl<B: Backend> Cores for CoreSet<B> {
                     .push_back(CoreEvent::QueueFailed { device, index });
             }
         };
-        let core = self.pick_core();
-        self.load[core] += 1;
-        self.placed.insert((device, index), core);
+        let wanted = self.moving.remove(&(device, index));
+        let (core, place) = self.placement.place((device, index), wanted);
         let to_core = StartQueue {
             device,
             index,
@@ -335,8 +320,9 @@ impl<B: Backend> Cores for CoreSet<B> {
             queue,
             call: start.call,
             shared: Arc::clone(&entry.shared),
+            place,
         };
-        self.mailboxes[core].post(CoreMessage::Start(Box::new(to_core), start.kick));
+        self.post(core, CoreMessage::Start(Box::new(to_core), start.kick));
     }
 
     fn stop_queue(&mut self, device: DeviceId, index: QueueIdx) {
@@ -348,24 +334,18 @@ impl<B: Backend> Cores for CoreSet<B> {
     }
 
     fn set_call(&mut self, device: DeviceId, index: QueueIdx, call: Option<Arc<EventFd>>) {
-        if let Some(&core) = self.placed.get(&(device, index)) {
-            self.mailboxes[core].post(CoreMessage::SetCall {
+        if let Some(core) = self.placement.core_of((device, index)) {
+            let message = CoreMessage::SetCall {
                 device,
                 index,
                 call,
-            });
+            };
+            self.post(core, message);
         }
     }
 
     fn set_memory(&mut self, device: DeviceId, map: Arc<GuestMap>) {
-        let mut cores: Vec<usize> = self
-            .placed
-            .iter()
-            .filter(|((d, _), _)| *d == device)
-            .map(|(_, &core)| core)
-            .collect();
-        cores.sort_unstable();
-        cores.dedup();
+        let cores = self.placement.cores_of(device);
         let Some(entry) = self.devices.get_mut(&device) else {
             return;
         };
@@ -375,10 +355,8 @@ impl<B: Backend> Cores for CoreSet<B> {
             self.local.push_back(CoreEvent::MemoryReplaced { device });
         }
         for core in cores {
-            self.mailboxes[core].post(CoreMessage::SetMemory {
-                device,
-                map: Arc::clone(&map),
-            });
+            let map = Arc::clone(&map);
+            self.post(core, CoreMessage::SetMemory { device, map });
         }
     }
 

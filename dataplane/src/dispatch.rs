@@ -14,6 +14,8 @@
     )
 )]
 
+mod noted;
+
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{
     MAX_DATA_BUFFER, MAX_TRANSFER, SYMLINK_MAX, XATTR_LIST_MAX, XATTR_SIZE_MAX,
@@ -25,19 +27,18 @@ use crate::fuse::abi::{
     FUSE_BATCH_FORGET, FUSE_GETATTR_FH, FUSE_GETXATTR, FUSE_INIT, FUSE_IOCTL,
     FUSE_IOCTL_UNRESTRICTED, FUSE_LISTXATTR, FUSE_NOTIFY_REPLY, FUSE_READDIR, FUSE_READDIRPLUS,
     FUSE_READLINK, FUSE_WRITE, fuse_batch_forget_in, fuse_bmap_out, fuse_copy_file_range_in,
-    fuse_copy_file_range_out, fuse_create_in, fuse_entry_out, fuse_forget_one, fuse_getxattr_in,
-    fuse_getxattr_out, fuse_in_header, fuse_ioctl_in, fuse_ioctl_out, fuse_lk_out, fuse_lseek_out,
-    fuse_open_in, fuse_open_out, fuse_poll_out, fuse_read_in, fuse_release_in, fuse_statfs_out,
-    fuse_write_in, fuse_write_out,
+    fuse_copy_file_range_out, fuse_create_in, fuse_entry_out, fuse_getxattr_in, fuse_getxattr_out,
+    fuse_in_header, fuse_ioctl_in, fuse_ioctl_out, fuse_lk_out, fuse_lseek_out, fuse_open_in,
+    fuse_open_out, fuse_poll_out, fuse_read_in, fuse_release_in, fuse_statfs_out, fuse_write_in,
+    fuse_write_out,
 };
 use crate::fuse::open_flags;
 use crate::fuse::ops::{self, Op, ReplyKind, payload};
-use crate::fuse::parse::{
-    self, BatchForget, Ioctl, LinkTarget, LookupName, Name, Setxattr, Write, XattrName,
-};
+use crate::fuse::parse::{self, Ioctl, LinkTarget, LookupName, Name, Setxattr, Write, XattrName};
 use crate::fuse::reply::{HEADER, Listing, Reply, fuse_created_out};
 use crate::fuse::session::Session;
 use crate::mem::Segments;
+use crate::recovery::journal::{Journal, Line};
 
 /// Bytes of a request that [`intake`] wants to see, unless the request is shorter.
 pub use crate::fuse::parse::FIRST;
@@ -74,6 +75,8 @@ pub struct Incoming<'a> {
     pub reply: Segments<'a>,
     /// Room to assemble the reply in, at least as long as [`scratch_needed`] says.
     pub scratch: &'a mut [u8],
+    /// Where the request notes what it does; `None`: a crash ends everything.
+    pub line: Option<&'a Line>,
 }
 
 /// What has become of a request.
@@ -218,9 +221,10 @@ pub fn execute<F: FsDev>(fs: Option<&F>, session: &Session, rq: Incoming<'_>) ->
                 fs,
                 session,
                 nodeid: header.nodeid,
-                caller: caller(&request),
+                caller: caller(&request, noted::journal(session, &header, rq.line)),
                 reply,
             };
+            call.take_back(header.opcode);
             call.run(request.op, rq.data, rq.scratch)
                 .unwrap_or_else(|errno| Outcome::Done(reply.error(errno)))
         }
@@ -265,8 +269,9 @@ fn admit<'f, 'r, F: FsDev>(
     }
 }
 
-fn caller<'a>(request: &parse::Request<'a>) -> Caller<'a> {
+fn caller<'a>(request: &parse::Request<'a>, journal: Journal<'a>) -> Caller<'a> {
     Caller {
+        journal,
         unique: request.header.unique,
         uid: request.header.uid,
         gid: request.header.gid,
@@ -299,11 +304,8 @@ impl<F: FsDev> Call<'_, F> {
 
             Op::Lookup {
                 name: LookupName(name),
-            } => self.fixed::<payload::Lookup>(fs.lookup(caller, id, name)?),
-            Op::Forget { arg } => {
-                fs.forget(id, arg.nlookup);
-                Ok(Outcome::Done(0))
-            }
+            } => self.fixed::<payload::Lookup>(self.entry(fs.lookup(caller, id, name)?)),
+            Op::Forget { arg } => Ok(self.forget(arg.nlookup)),
             Op::BatchForget { batch } => Ok(self.batch_forget(batch, data)),
             Op::Getattr { arg } => {
                 let fh = (arg.getattr_flags & FUSE_GETATTR_FH != 0).then_some(arg.fh);
@@ -322,15 +324,15 @@ impl<F: FsDev> Call<'_, F> {
             Op::Symlink {
                 name: Name(name),
                 target: LinkTarget(target),
-            } => self.fixed::<payload::Symlink>(fs.symlink(caller, id, name, target)?),
+            } => self.fixed::<payload::Symlink>(self.entry(fs.symlink(caller, id, name, target)?)),
             Op::Mknod {
                 arg,
                 name: Name(name),
-            } => self.fixed::<payload::Mknod>(fs.mknod(caller, id, name, &arg)?),
+            } => self.fixed::<payload::Mknod>(self.entry(fs.mknod(caller, id, name, &arg)?)),
             Op::Mkdir {
                 arg,
                 name: Name(name),
-            } => self.fixed::<payload::Mkdir>(fs.mkdir(caller, id, name, &arg)?),
+            } => self.fixed::<payload::Mkdir>(self.entry(fs.mkdir(caller, id, name, &arg)?)),
             Op::Unlink { name: Name(name) } => {
                 self.fixed::<payload::Unlink>(fs.unlink(caller, id, name)?)
             }
@@ -354,31 +356,32 @@ impl<F: FsDev> Call<'_, F> {
             Op::Link {
                 arg,
                 name: Name(name),
-            } => self.fixed::<payload::Link>(fs.link(caller, id, arg.oldnodeid, name)?),
+            } => {
+                self.fixed::<payload::Link>(self.entry(fs.link(caller, id, arg.oldnodeid, name)?))
+            }
 
             Op::Open { arg } => {
-                self.fixed::<payload::Open>(fs.open(caller, id, &self.host(arg))?)
+                self.fixed::<payload::Open>(self.opened(fs.open(caller, id, &self.host(arg))?))
             }
             Op::Create {
                 arg,
                 name: Name(name),
-            } => self.fixed::<payload::Create>(created(fs.create(
+            } => self.fixed::<payload::Create>(created(self.both(fs.create(
                 caller,
                 id,
                 name,
                 &self.host(arg),
-            )?)),
-            Op::Tmpfile { arg, .. } => {
-                self.fixed::<payload::Tmpfile>(created(fs.tmpfile(caller, id, &self.host(arg))?))
-            }
+            )?))),
+            Op::Tmpfile { arg, .. } => self.fixed::<payload::Tmpfile>(created(
+                self.both(fs.tmpfile(caller, id, &self.host(arg))?),
+            )),
             Op::Read { arg } => self.read(self.host(arg)),
             Op::Write {
                 write: Write { arg },
             } => self.write(self.host(arg), data),
             Op::Flush { arg } => self.fixed::<payload::Flush>(fs.flush(caller, id, &arg)?),
-            Op::Release { arg } => {
-                self.fixed::<payload::Release>(fs.release(caller, id, &self.host(arg))?)
-            }
+            Op::Release { arg } => self
+                .fixed::<payload::Release>(self.end(|| fs.release(caller, id, &self.host(arg)))?),
             Op::Fsync { arg } => self.status(fs.fsync(caller, id, &arg)),
             Op::Fallocate { arg } => self.status(fs.fallocate(caller, id, &arg)),
             Op::Lseek { arg } => {
@@ -407,14 +410,16 @@ impl<F: FsDev> Call<'_, F> {
                 })
             }
 
-            Op::Opendir { arg } => {
-                self.fixed::<payload::Opendir>(fs.opendir(caller, id, &self.host(arg))?)
-            }
+            Op::Opendir { arg } => self.fixed::<payload::Opendir>(self.opened(fs.opendir(
+                caller,
+                id,
+                &self.host(arg),
+            )?)),
             Op::Readdir { arg } => self.readdir(self.host(arg), false, scratch),
             Op::Readdirplus { arg } => self.readdir(self.host(arg), true, scratch),
-            Op::Releasedir { arg } => {
-                self.fixed::<payload::Releasedir>(fs.releasedir(caller, id, &self.host(arg))?)
-            }
+            Op::Releasedir { arg } => self.fixed::<payload::Releasedir>(
+                self.end(|| fs.releasedir(caller, id, &self.host(arg)))?,
+            ),
             Op::Fsyncdir { arg } => self.status(fs.fsyncdir(caller, id, &arg)),
 
             Op::Setxattr { set } => {
@@ -470,20 +475,6 @@ impl<F: FsDev> Call<'_, F> {
         let flags = arg.flags();
         *flags = open_flags::to_host(*flags, self.session.platform());
         arg
-    }
-
-    fn batch_forget(&self, batch: BatchForget, data: Segments<'_>) -> Outcome {
-        const STEP: usize = size_of::<fuse_forget_one>();
-        let mut data = data;
-        for _ in 0..batch.count {
-            let mut one = fuse_forget_one::default();
-            if data.read(one.as_mut_bytes()) < STEP {
-                break;
-            }
-            data = data.after(STEP);
-            self.fs.forget(one.nodeid, one.nlookup);
-        }
-        Outcome::Done(0)
     }
 
     fn read(&self, arg: fuse_read_in) -> Result<Outcome, Errno> {

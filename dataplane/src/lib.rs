@@ -25,6 +25,8 @@ pub mod mem;
 pub mod pool;
 pub mod reactor;
 pub mod recovery;
+#[cfg(test)]
+mod sim;
 pub mod slot;
 pub mod virtio;
 
@@ -33,9 +35,9 @@ pub mod control;
 #[cfg(feature = "std")]
 pub mod cores;
 #[cfg(feature = "std")]
-pub mod cpumask;
-#[cfg(feature = "std")]
 pub mod engine;
+#[cfg(feature = "std")]
+pub mod keeper;
 #[cfg(feature = "std")]
 pub mod mailbox;
 #[cfg(feature = "std")]

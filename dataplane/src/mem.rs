@@ -16,9 +16,10 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use ferry_shared::limits::MAX_MEMORY_REGIONS;
+use serde::{Deserialize, Serialize};
 
 /// An address as the guest's driver writes it into rings and descriptors: guest-physical, or an IOMMU's virtual one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Iova(pub u64);
 
 impl Iova {
@@ -184,6 +185,13 @@ impl GuestMap {
         Ok((host, left.min(len)))
     }
 
+    /// Has the processor fetch what is at an address, if that is in guest memory.
+    pub(crate) fn prefetch(&self, iova: Iova) {
+        if let Ok((host, _)) = self.translate_some(iova, 1, false) {
+            prefetch(host);
+        }
+    }
+
     /// Translates a range that must lie in one region, such as a ring.
     pub fn translate(
         &self,
@@ -237,6 +245,18 @@ pub(crate) fn copy_in(src: NonNull<u8>, dst: &mut [u8]) {
 pub(crate) fn copy_out(src: &[u8], dst: NonNull<u8>) {
     // SAFETY: the caller got `dst` for `src.len()` bytes from a `GuestMap` with write access; no overlap as above.
     unsafe { core::ptr::copy_nonoverlapping(src.as_ptr(), dst.as_ptr(), src.len()) }
+}
+
+/// Has the processor begin to fetch the cache line at `host`; only a hint, and nothing is read.
+pub(crate) fn prefetch(host: NonNull<u8>) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(host.as_ptr().cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = host;
 }
 
 /// A 16-bit ring field shared with the guest.

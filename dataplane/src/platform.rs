@@ -133,6 +133,15 @@ impl Platform {
         }
     }
 
+    /// As [`Platform::load`] for a process that goes on with the devices of a former one: `kept` is what that one had in
+    /// effect, as [`Firmware::text`], and what has been stored since waits for the next new start.
+    pub fn resume(file: Option<&Path>, kept: &str) -> Result<Platform, PlatformError> {
+        let delivered = Platform::delivered(file)?;
+        let origin = Path::new("(kept by the former process)");
+        let settings = Firmware::parse(origin, kept, |manager| delivered.most_pf(manager))?;
+        Platform::with(file, origin, &settings)
+    }
+
     /// What the file says, whatever is in a store.
     pub fn delivered(file: Option<&Path>) -> Result<Platform, PlatformError> {
         Platform::with(file, Path::new(""), &Firmware::default())

@@ -8,12 +8,17 @@
 )]
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::any::Any;
 use core::ptr::NonNull;
 
 use ferry_shared::limits::MAX_DATA_BUFFER;
 
-/// A run of equal elements at a fixed place: in an arena that lives as long as the process, or on the heap.
+/// What memory belongs to; the memory is there as long as this is.
+pub type Keeper = Arc<dyn Any + Send + Sync>;
+
+/// A run of equal elements at a fixed place: in an arena, or on the heap.
 ///
 /// Elements are reached through raw pointers ([`Slab::get`]), because one element at a time may be lent to another thread
 /// while its neighbours are used here.
@@ -22,6 +27,8 @@ pub struct Slab<T> {
     base: NonNull<T>,
     len: u32,
     heap: bool,
+    /// Keeps an arena's memory.
+    _keeper: Option<Keeper>,
 }
 
 // SAFETY: a slab owns its elements; who may use an element is the holder's bookkeeping, see `get`.
@@ -37,6 +44,7 @@ impl<T> Slab<T> {
             base,
             len,
             heap: true,
+            _keeper: None,
         }
     }
 
@@ -44,12 +52,14 @@ impl<T> Slab<T> {
     ///
     /// # Safety
     ///
-    /// `base` must be aligned for `T`, point to `len` initialised elements that nothing else uses, and stay valid for ever.
-    pub unsafe fn in_arena(base: NonNull<T>, len: u32) -> Slab<T> {
+    /// `base` must be aligned for `T`, point to `len` initialised elements that nothing else uses, and stay valid as long
+    /// as `keeper` exists.
+    pub unsafe fn in_arena(base: NonNull<T>, len: u32, keeper: Keeper) -> Slab<T> {
         Slab {
             base,
             len,
             heap: false,
+            _keeper: Some(keeper),
         }
     }
 
@@ -97,6 +107,8 @@ pub struct DataPool {
     base: NonNull<u8>,
     free: Vec<u32>,
     count: u32,
+    /// Keeps an arena's memory.
+    _keeper: Option<Keeper>,
 }
 
 // SAFETY: the pool owns its memory; a buffer is used by whoever holds its `DataBuffer`.
@@ -107,13 +119,14 @@ impl DataPool {
     ///
     /// # Safety
     ///
-    /// `base` must point to `count * DATA_BUFFER_STRIDE` initialised bytes that nothing else uses and that stay valid for
-    /// ever.
-    pub unsafe fn new(base: NonNull<u8>, count: u32) -> DataPool {
+    /// `base` must point to `count * DATA_BUFFER_STRIDE` initialised bytes that nothing else uses and that stay valid as
+    /// long as `keeper` exists, or for ever if there is none.
+    pub unsafe fn new(base: NonNull<u8>, count: u32, keeper: Option<Keeper>) -> DataPool {
         DataPool {
             base,
             free: (0..count).rev().collect(),
             count,
+            _keeper: keeper,
         }
     }
 
@@ -163,7 +176,7 @@ mod tests {
     fn an_empty_pool_says_so_and_serves_again_after_a_return() {
         let memory = Box::leak(alloc::vec![0u8; 2 * DATA_BUFFER_STRIDE].into_boxed_slice());
         // SAFETY: the leaked box is 2 strides long and nothing else refers to it.
-        let mut pool = unsafe { DataPool::new(NonNull::from(memory).cast(), 2) };
+        let mut pool = unsafe { DataPool::new(NonNull::from(memory).cast(), 2, None) };
         let (a, b) = (pool.take().expect("first"), pool.take().expect("second"));
         assert_ne!(pool.bytes(&a).cast::<u8>(), pool.bytes(&b).cast::<u8>());
         assert!(pool.take().is_none());

@@ -15,7 +15,8 @@ use core::sync::atomic::Ordering;
 
 pub use world::{Backend, DeviceShared, Job, System};
 
-use ferry_shared::counters::CoreCounters;
+use ferry_shared::counters::{CoreCounters, QueuePlace};
+use ferry_shared::trace::{CoreTrace, Point, Record};
 
 use crate::id::{DeviceId, QueueIdx, QueueKind};
 use crate::mem::GuestMap;
@@ -67,6 +68,8 @@ enum Ending {
 /// A queue in the hands of this core.
 struct RunQueue<C> {
     device: DeviceId,
+    /// Where the device is among the core's.
+    place: usize,
     index: QueueIdx,
     kind: QueueKind,
     queue: Queue,
@@ -94,6 +97,8 @@ pub struct StartQueue<B, C> {
     pub call: Option<C>,
     /// What the cores share of the device.
     pub shared: Arc<DeviceShared<B>>,
+    /// The queue as the counters name it.
+    pub place: QueuePlace,
 }
 
 /// Counters of one core, for its operator; written by the core only.
@@ -107,6 +112,10 @@ pub struct Counters {
     pub buffer_waits: u64,
     /// Times that a queue was left alone because no slot was free.
     pub slot_waits: u64,
+    /// Slots that are free.
+    pub free_slots: u64,
+    /// Data buffers that are free.
+    pub free_buffers: u64,
 }
 
 /// One core's queues, slots and buffers.
@@ -125,8 +134,12 @@ pub struct Reactor<B, S: System<B>> {
     waiting: Vec<u32>,
     early_interrupts: heapless::Deque<(DeviceId, u64), EARLY_INTERRUPTS>,
     counters: Counters,
+    /// When the clock was last read: before a queue's first request of a turn, and after each request.
+    clock: u64,
     /// Where finished requests are counted for others to see.
     count_in: Option<CoreCounters>,
+    /// Where traces are written.
+    trace: Option<CoreTrace>,
 }
 
 impl<B: Backend, S: System<B>> Reactor<B, S> {
@@ -146,7 +159,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             waiting: Vec::with_capacity(cap),
             early_interrupts: heapless::Deque::new(),
             counters: Counters::default(),
+            clock: 0,
             count_in: None,
+            trace: None,
         }
     }
 
@@ -155,9 +170,46 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         self.count_in = Some(counters);
     }
 
+    /// Traces there from now on.
+    pub fn trace_in(&mut self, trace: CoreTrace) {
+        self.trace = Some(trace);
+    }
+
+    /// Writes a trace record about the queue at `at`, if the point is on.
+    #[inline]
+    fn trace(&self, point: Point, at: u32, args: [u64; 2], sys: &S) {
+        if let Some(trace) = &self.trace
+            && trace.on(point)
+        {
+            let queue = self.queues.get(at as usize).and_then(Option::as_ref);
+            let record = Record {
+                ns: sys.now(),
+                device: queue.map_or(0, |q| q.device.0),
+                queue: queue.map_or(0, |q| q.index.0),
+                args,
+                ..Record::default()
+            };
+            trace.write(point, &record);
+        }
+    }
+
+    /// The same about the request in a slot, by its FUSE number.
+    #[inline]
+    fn trace_slot(&self, point: Point, slot: u32, arg: u64, sys: &S) {
+        if self.trace.as_ref().is_some_and(|trace| trace.on(point))
+            && let Some(meta) = self.slots.get(slot as usize)
+        {
+            self.trace(point, meta.queue, [meta.unique, arg], sys);
+        }
+    }
+
     /// The counters.
     pub fn counters(&self) -> Counters {
-        self.counters
+        Counters {
+            free_slots: self.free.len() as u64,
+            free_buffers: self.pool.available() as u64,
+            ..self.counters
+        }
     }
 
     /// Whether a request is on the ring, so that completions are to be looked for.

@@ -3,30 +3,35 @@
 //! Every change is checked completely before anything is touched, so a refused command has changed nothing. Commands that
 //! have to wait for the cores leave a note with the device and are answered when the device has got there.
 
+mod handover;
 mod plug;
+mod tune;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ferry_shared::counters;
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_QUEUES_PER_SERVICE, NAME_LEN};
 use ferry_shared::logging;
 use ferry_shared::msg::{
-    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevSpec, Item, PlugState, Reply,
-    Service as Facts,
+    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevKind, FsdevSpec, Item,
+    PlugState, Reply, Service as Facts,
 };
+use serde::{Deserialize, Serialize};
 
 use self::plug::Ports;
 use crate::cores::CoreSet;
 use crate::fsdev::registry::AnyFsDev;
 use crate::fuse::session::Session;
 use crate::id::{CoreEvent, DeviceId};
+use crate::keeper::Keeper;
 use crate::os::poller::{Poller, Token};
 use crate::platform::Platform;
 use crate::reactor::DeviceShared;
+use crate::recovery::journal::Lines;
 use crate::transport::Transport;
 use crate::transport::log_gate::LogGate;
 
@@ -88,6 +93,32 @@ pub struct Service {
     last_id: u32,
     answers: Vec<Answer>,
     events: Vec<Event>,
+    keeper: Keeper,
+    tuned: tune::Tuned,
+}
+
+/// A started device as it is kept for a later process.
+#[derive(Serialize, Deserialize)]
+struct DeviceV1 {
+    spec: DeviceSpec,
+    paused: bool,
+    plug: PlugState,
+}
+
+fn fsdev_key(name: &str) -> String {
+    format!("fsdev/{name}")
+}
+
+fn session_name(id: DeviceId) -> String {
+    format!("session/{}", id.0)
+}
+
+fn journal_name(id: DeviceId) -> String {
+    format!("journal/{}", id.0)
+}
+
+fn device_key(id: DeviceId) -> String {
+    format!("device/{}", id.0)
 }
 
 fn refuse<T>(errno: Errno, detail: String) -> Result<T, Failure> {
@@ -102,6 +133,7 @@ impl Service {
         cpus: Vec<u32>,
         cores: CoreSet<AnyFsDev>,
         poller: Arc<Poller>,
+        keeper: Keeper,
     ) -> Service {
         Service {
             platform,
@@ -115,6 +147,8 @@ impl Service {
             last_id: 0,
             answers: Vec::new(),
             events: Vec::new(),
+            keeper,
+            tuned: tune::Tuned::default(),
         }
     }
 
@@ -143,6 +177,17 @@ impl Service {
                 self.device_unplug(&name, ask).map(|()| Some(Reply::Done))
             }
             Command::SetLog(spec) => logging::set(&spec).map(|()| Some(Reply::Done)),
+            Command::Tuning => Ok(Some(self.tuning())),
+            Command::SetPools(pools) => self.set_pools(pools).map(Some),
+            Command::SetScheduler(scheduler) => self.set_scheduler(scheduler).map(Some),
+            Command::PlaceThread { thread, cpus } => self.place_thread(seq, thread, &cpus),
+            Command::SetTrace { mask } => {
+                self.cores.set_trace_mask(mask);
+                Ok(Some(Reply::Done))
+            }
+            Command::LockCpus { lock } => self.lock_cpus(lock).map(Some),
+            Command::CountContextSwitches { count } => Ok(Some(self.monitor_switches(count))),
+            Command::PciDevices { from } => Ok(Some(self.pci_devices(from))),
         };
         match result {
             Ok(Some(reply)) => self.answers.push((seq, Ok(reply))),
@@ -167,6 +212,7 @@ impl Service {
     pub fn forget_caller(&mut self) {
         self.answers.clear();
         self.events.clear();
+        self.tuned.leaving.clear();
         for next in self.devices.iter_mut().filter_map(|d| d.next.as_mut()) {
             next.forget_seq();
         }
@@ -207,26 +253,6 @@ impl Service {
         self.settle();
     }
 
-    /// Closes every device and ends the cores.
-    pub fn shut_down(mut self) {
-        for device in &mut self.devices {
-            device.next = Some(Next::Close { seq: None });
-            device.transport.begin_close(&mut self.cores);
-        }
-        // Requests on a file system that never answers cannot be waited for; the kernel ends them with the process.
-        let deadline = Instant::now() + Duration::from_secs(5);
-        let mut ready = Vec::new();
-        while !self.devices.is_empty() && Instant::now() < deadline {
-            let timeout = if self.cores.prepare_sleep() { 100 } else { 0 };
-            let _ = self.poller.wait(&mut ready, timeout);
-            self.cores.awake();
-            self.drain_cores();
-        }
-        if self.devices.is_empty() {
-            self.cores.shut_down();
-        }
-    }
-
     // ---- commands ----
 
     fn snapshot(&self, from: u32) -> Reply {
@@ -264,22 +290,46 @@ impl Service {
             return refuse(Errno::EEXIST, format!("fsdev {} exists already", spec.name));
         }
         // One is made in any case: it is what finds out whether the export can be used.
-        let mut backend = Some(AnyFsDev::new(&spec)?);
+        drop(AnyFsDev::new(self.resolved(&spec)?)?);
         for device in self.devices.iter().filter(|d| d.spec.fsdev == spec.name) {
-            let backend = match backend.take() {
-                Some(backend) => backend,
-                None => AnyFsDev::new(&spec)?,
-            };
+            let name = device.id.0.to_string();
+            let (backend, _) = AnyFsDev::lasting(self.resolved(&spec)?, &name, &self.keeper)?;
             device.shared.set_backend(Some(Arc::new(backend)));
         }
         tracing::info!(fsdev = spec.name, "created");
+        self.keeper.save(&fsdev_key(&spec.name), &spec);
         self.fsdevs.insert(spec.name.clone(), spec);
         Ok(())
+    }
+
+    /// Makes the backend of an fsdev for one device. One that hands everything on is what it hands on to.
+    fn resolved<'a>(&'a self, mut spec: &'a FsdevSpec) -> Result<&'a FsdevSpec, Failure> {
+        while let FsdevKind::Passthru { base } = &spec.kind {
+            // What is handed on to is older, so this ends.
+            let Some(below) = self.fsdevs.get(base) else {
+                let detail = format!(
+                    "fsdev {} hands on to fsdev {base}, which does not exist",
+                    spec.name
+                );
+                return refuse(Errno::ENODEV, detail);
+            };
+            spec = below;
+        }
+        Ok(spec)
     }
 
     fn fsdev_delete(&mut self, name: &str) -> Result<(), Failure> {
         if !self.fsdevs.contains_key(name) {
             return refuse(Errno::ENODEV, format!("there is no fsdev {name}"));
+        }
+        let on_it =
+            |spec: &&FsdevSpec| matches!(&spec.kind, FsdevKind::Passthru { base } if base == name);
+        if let Some(above) = self.fsdevs.values().find(on_it) {
+            let detail = format!(
+                "fsdev {} hands on to fsdev {name}; delete it first",
+                above.name
+            );
+            return refuse(Errno::EBUSY, detail);
         }
         let users = || self.devices.iter().filter(|d| d.spec.fsdev == name);
         if let Some(user) = users().find(|d| d.shared.session.mounted()) {
@@ -290,9 +340,13 @@ impl Service {
             return refuse(Errno::EBUSY, detail);
         }
         for device in users() {
+            if let Some(backend) = device.shared.backend() {
+                backend.discard();
+            }
             device.shared.set_backend(None);
         }
         self.fsdevs.remove(name);
+        self.keeper.forget(&fsdev_key(name));
         tracing::info!(fsdev = name, "deleted");
         Ok(())
     }
@@ -301,11 +355,13 @@ impl Service {
         spec.check()?;
         self.check_start(&spec)?;
         let Some(device) = self.devices.iter_mut().find(|d| d.spec.name == spec.name) else {
-            self.open(spec)?;
+            let id = self.next_id();
+            self.open(id, spec, false)?;
             return Ok(Some(Reply::Done));
         };
         if device.spec == spec {
             device.paused = false;
+            device.save(&self.keeper);
             device.transport.resume(&mut self.cores);
             tracing::info!(device = spec.name, "resumed");
             return Ok(Some(Reply::Done));
@@ -353,10 +409,34 @@ impl Service {
         Ok(())
     }
 
-    /// Opens a device that has been checked.
-    fn open(&mut self, spec: DeviceSpec) -> Result<(), Failure> {
-        let backend = match self.fsdevs.get(&spec.fsdev) {
-            Some(fsdev) => Some(Arc::new(AnyFsDev::new(fsdev)?)),
+    /// Opens a device that has been checked, or goes on with it if a former process has left it.
+    fn open(&mut self, id: DeviceId, spec: DeviceSpec, paused: bool) -> Result<(), Failure> {
+        let former: Option<DeviceV1> = self.keeper.load(&device_key(id));
+        let adopted = former.is_some();
+        // A new device is plugged when somebody asks for that.
+        let plug = former.map_or(PlugState::PowerOff, |device| device.plug);
+        let name = id.0.to_string();
+        let lasting = |fsdev| {
+            self.resolved(fsdev)
+                .and_then(|fsdev| AnyFsDev::lasting(fsdev, &name, &self.keeper))
+        };
+        let mut goes_on = false;
+        let backend = match self.fsdevs.get(&spec.fsdev).map(lasting) {
+            Some(Ok((backend, there))) => {
+                goes_on = there;
+                Some(Arc::new(backend))
+            }
+            Some(Err(failure)) if adopted => {
+                tracing::error!(
+                    device = spec.name,
+                    fsdev = spec.fsdev,
+                    errno = %failure.errno,
+                    detail = failure.detail,
+                    "the export is gone; requests fail until the fsdev is deleted and created again"
+                );
+                None
+            }
+            Some(Err(failure)) => return Err(failure),
             None => {
                 tracing::warn!(
                     device = spec.name,
@@ -366,26 +446,38 @@ impl Service {
                 None
             }
         };
-        let id = self.next_id();
-        let shared = Arc::new(DeviceShared::new(
-            Session::new(spec.driver_platform),
-            backend,
-        ));
+        let record = self.keeper.words(&session_name(id), Session::RECORD);
+        let session = Session::recorded(spec.driver_platform, record);
+        match &backend {
+            Some(backend) if goes_on => backend.resume(&session),
+            // The tables are new, and what the record tells of has ended.
+            Some(_) => session.forget_record(),
+            None => {}
+        }
+        // Without a service manager there is no next process to read them.
+        let lines = self.keeper.is_on().then(|| {
+            let words = self.keeper.words(&journal_name(id), Lines::WORDS);
+            words.map(Lines::new)
+        });
+        let shared = DeviceShared::new(session, backend).noting(lines.flatten());
+        let shared = Arc::new(shared);
         let poller = Arc::clone(&self.poller);
         let mut hot = false;
+        let keeper = &self.keeper;
         let transport = match &spec.attach {
             Attach::Doca { manager, vuid } => {
                 let function = self.place(manager, vuid)?;
                 hot = function.port.is_some();
+                let offered = !hot || plug::is_offered(plug);
                 let socket = function.socket(&self.run_dir);
-                Transport::open_vfio_user(&spec, id, function, &socket, poller)?
+                Transport::open_vfio_user(&spec, id, function, &socket, offered, poller, keeper)?
             }
             Attach::VhostUser => {
                 let socket = self
                     .run_dir
                     .join("vhost")
                     .join(format!("{}.sock", spec.name));
-                Transport::open_vhost_user(&spec, id, &socket, poller)?
+                Transport::open_vhost_user(&spec, id, &socket, poller, keeper)?
             }
         };
         self.cores.attach(id, &spec.name, Arc::clone(&shared));
@@ -395,23 +487,25 @@ impl Service {
             fsdev = spec.fsdev,
             "started"
         );
-        self.devices.push(Device {
+        let mut device = Device {
             id,
             spec,
             transport,
             shared,
             next: None,
-            paused: false,
+            paused,
             connected: false,
             mounted: false,
             hot,
-            plug: if hot {
-                PlugState::PowerOff
-            } else {
-                PlugState::PowerOn
-            },
+            plug: if hot { plug } else { PlugState::PowerOn },
             gate: LogGate::new(Instant::now()),
-        });
+        };
+        device.save(&self.keeper);
+        if paused {
+            device.transport.pause(&mut self.cores);
+        }
+        device.transport.adopt(&mut self.cores);
+        self.devices.push(device);
         Ok(())
     }
 
@@ -436,6 +530,7 @@ impl Service {
         let index = self.devices.iter().position(|d| d.spec.name == name);
         if let Some(device) = index.and_then(|i| self.devices.get_mut(i)) {
             device.paused = true;
+            device.save(&self.keeper);
             device.transport.pause(&mut self.cores);
         }
         Ok(None)
@@ -467,8 +562,9 @@ impl Service {
 
     /// Goes on with devices that have become quiet, and reports connections that came or went.
     fn settle(&mut self) {
+        self.settle_moves();
         for device in &mut self.devices {
-            device.notice_changes(&mut self.events);
+            device.notice_changes(&self.keeper, &mut self.events);
         }
         while let Some(at) = self
             .devices
@@ -486,7 +582,8 @@ impl Service {
                 }
                 Next::Reopen { seq, spec } => {
                     self.close(at);
-                    let opened = self.open(*spec).map(|()| Reply::Done);
+                    let id = self.next_id();
+                    let opened = self.open(id, *spec, false).map(|()| Reply::Done);
                     self.answer(seq, opened);
                 }
             }
@@ -497,12 +594,17 @@ impl Service {
     fn close(&mut self, at: usize) {
         let mut device = self.devices.remove(at);
         if device.hot {
-            device.set_plug(PlugState::PowerOff, &mut self.events);
+            device.set_plug(PlugState::PowerOff, &self.keeper, &mut self.events);
         }
         if let Some(backend) = device.shared.backend() {
             crate::reactor::Backend::reset(&*backend, &device.shared.session);
+            backend.discard();
         }
         self.cores.detach(device.id);
+        self.keeper.forget(&device_key(device.id));
+        self.keeper.forget_words(&session_name(device.id));
+        self.keeper.forget_words(&journal_name(device.id));
+        device.transport.forget();
         tracing::info!(device = device.spec.name, "closed");
     }
 }
@@ -523,9 +625,19 @@ fn describe(device: &Device) -> Option<DeviceSnapshot> {
 }
 
 impl Device {
+    /// Keeps it for a later process.
+    fn save(&self, keeper: &Keeper) {
+        let saved = DeviceV1 {
+            spec: self.spec.clone(),
+            paused: self.paused,
+            plug: self.plug,
+        };
+        keeper.save(&device_key(self.id), &saved);
+    }
+
     /// Reports a connection or a FUSE session that has come or gone. What changes back in between is not worth a report,
     /// and how often a guest mounts must not decide how much is logged.
-    fn notice_changes(&mut self, events: &mut Vec<Event>) {
+    fn notice_changes(&mut self, keeper: &Keeper, events: &mut Vec<Event>) {
         let device = &self.spec.name;
         let connected = self.transport.connected();
         if connected != self.connected {
@@ -552,7 +664,7 @@ impl Device {
                 );
             }
         }
-        self.follow_plug(events);
+        self.follow_plug(keeper, events);
     }
 
     /// Refuses while an earlier command is still under way.

@@ -94,17 +94,21 @@ impl Transfer {
         bytes > 0 && self.done < len
     }
 
-    /// The result of the whole: an error counts only if nothing was transferred before it.
+    /// The result of the whole. A guest takes a short READ for the end of the file, so an error there counts whatever was
+    /// transferred before it; a short WRITE it continues, and then meets the error.
     pub fn total(&self, last: i32) -> i32 {
         match self.op {
-            IoOp::Read { .. } | IoOp::Write { .. } if self.done > 0 || last >= 0 => {
-                i32::try_from(self.done).unwrap_or(i32::MAX)
-            }
+            IoOp::Read { .. } if last >= 0 => self.done_so_far(),
+            IoOp::Write { .. } if last >= 0 || self.done > 0 => self.done_so_far(),
             IoOp::Read { .. }
             | IoOp::Write { .. }
             | IoOp::Fsync { .. }
             | IoOp::Fallocate { .. } => last,
         }
+    }
+
+    fn done_so_far(&self) -> i32 {
+        i32::try_from(self.done).unwrap_or(i32::MAX)
     }
 
     /// What is left to submit, with its pieces in `iovecs`; returns how many pieces.

@@ -57,6 +57,7 @@ fn descriptors_run_out_only_when_every_one_is_an_open_file() {
         pid: 1,
         supplementary_group: None,
         security_context: None,
+        journal: Default::default(),
     };
     let nodes: Vec<_> = (0..1_000)
         .map(|i| {

@@ -117,6 +117,7 @@ fn serve(session: &Session, request: &[u8], piece: usize, room: usize) {
                 data: readable.after(taken.input),
                 reply: reply.segments(),
                 scratch: &mut vec![0x5a; scratch],
+                line: None,
             };
             match dispatch::execute(Some(&Null), session, rq) {
                 Outcome::Done(used) => used,

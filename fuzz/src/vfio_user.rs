@@ -1,5 +1,6 @@
 //! An emulated PCIe function with a client that says anything.
 
+use ferry_dataplane::keeper::Keeper;
 use ferry_dataplane::platform::EmulatedFunction;
 use ferry_dataplane::transport::Transport;
 use ferry_dataplane::transport::vfio_user::wire::{command, header_flags};
@@ -21,7 +22,10 @@ fn function() -> World {
         subsystem_vendor: 0x1af4,
         subsystem: 0x105a,
     };
-    World::new(|socket, poller| Transport::open_vfio_user(&spec, DEVICE, &place, socket, poller))
+    World::new(|socket, poller| {
+        let keeper = Keeper::default();
+        Transport::open_vfio_user(&spec, DEVICE, &place, socket, true, poller, &keeper)
+    })
 }
 
 fn message(number: u8, flags: u32, payload: &[u8]) -> Vec<u8> {

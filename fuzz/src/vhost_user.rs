@@ -1,5 +1,6 @@
 //! A vhost-user device with a front end that says anything.
 
+use ferry_dataplane::keeper::Keeper;
 use ferry_dataplane::transport::Transport;
 use ferry_dataplane::transport::vhost_user::wire::Request;
 use ferry_shared::msg::Attach;
@@ -11,7 +12,8 @@ use crate::device::{World, spec};
 /// length of the payload, payload. A number above the known ones makes the device pause or go on.
 pub fn messages(data: &[u8]) {
     let mut world = World::new(|socket, poller| {
-        Transport::open_vhost_user(&spec(Attach::VhostUser), DEVICE, socket, poller)
+        let keeper = Keeper::default();
+        Transport::open_vhost_user(&spec(Attach::VhostUser), DEVICE, socket, poller, &keeper)
     });
     let mut rest = data;
     while let [number, flags, fds, len, more @ ..] = rest {

@@ -7,8 +7,14 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-/// Devices that are counted at a time; further ones are served and not counted.
-pub const DEVICES: usize = 128;
+use crate::limits;
+
+/// Devices that are counted at a time: as many as there can be, since each has two queues at least.
+pub const DEVICES: usize = limits::MAX_QUEUES_PER_SERVICE as usize / 2;
+/// Queues that a core can serve at a time.
+pub const QUEUES: usize = limits::MAX_QUEUES_PER_SERVICE as usize;
+/// CPUs that a mask can name.
+pub const MASK_CPUS: usize = 1024;
 /// Operation codes with counters of their own; larger ones share the last.
 pub const OPCODES: usize = 64;
 /// Buckets of a latency histogram. Bucket `i` holds what took less than `2^(i + FIRST_BUCKET)` ns, the last one the rest.
@@ -27,7 +33,69 @@ const CORES: usize = TABLE + TABLE_WORDS;
 /// Per operation: requests, errors, sum of the latencies in ns, the histogram.
 const OP: usize = 4 + BUCKETS;
 const DEVICE: usize = 8 + OPCODES * OP;
-const CORE: usize = (PAGE + DEVICES * DEVICE).next_multiple_of(PAGE);
+const CORE: usize = (DEVICES_AT + DEVICES * DEVICE).next_multiple_of(PAGE);
+/// Per queue: see [`QueueWord`], and then the mask of the CPUs that it may be served on.
+const QUEUE: usize = 32;
+const QUEUES_AT: usize = PAGE;
+const DEVICES_AT: usize = QUEUES_AT + (QUEUES * QUEUE).next_multiple_of(PAGE);
+const MASK_WORDS: usize = MASK_CPUS / 64;
+
+/// The words of a queue's entry.
+#[derive(Clone, Copy)]
+enum QueueWord {
+    /// Its number among the threads; 0: there is no queue here.
+    Thread,
+    Device,
+    Index,
+    Requests,
+    Rounds,
+    /// What the core had counted when it was given the queue.
+    Busy,
+    Idle,
+    CoreRequests,
+    Turns,
+    Mask,
+}
+
+const _: () = assert!(QueueWord::Mask as usize + MASK_WORDS <= QUEUE);
+
+/// CPUs by their numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuSet([u64; MASK_WORDS]);
+
+impl CpuSet {
+    /// The set of these CPUs; numbers beyond [`MASK_CPUS`] are left out.
+    pub fn of(cpus: impl IntoIterator<Item = u32>) -> CpuSet {
+        let mut set = CpuSet::default();
+        for cpu in cpus {
+            if let Some(word) = set.0.get_mut(cpu as usize / 64) {
+                *word |= 1 << (cpu % 64);
+            }
+        }
+        set
+    }
+
+    /// Whether a CPU is in it.
+    pub fn has(&self, cpu: u32) -> bool {
+        let word = self.0.get(cpu as usize / 64);
+        word.is_some_and(|word| word & (1 << (cpu % 64)) != 0)
+    }
+}
+
+#[cfg(feature = "std")]
+impl core::fmt::LowerHex for CpuSet {
+    /// As a mask, without leading zeros.
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let digits: String = self
+            .0
+            .iter()
+            .rev()
+            .map(|word| format!("{word:016x}"))
+            .collect();
+        let digits = digits.trim_start_matches('0');
+        f.write_str(if digits.is_empty() { "0" } else { digits })
+    }
+}
 
 /// Bytes of the counters of so many cores.
 pub const fn bytes(cores: usize) -> usize {
@@ -63,6 +131,16 @@ pub enum CoreCounter {
     Buffers = 11,
     /// Data buffers taken from its pool.
     BufferTakes = 12,
+    /// Slots that are free.
+    FreeSlots = 13,
+    /// Data buffers that are free.
+    FreeBuffers = 14,
+    /// Places of its queues that have been used so far.
+    QueuePlaces = 15,
+    /// Times that its thread gave the CPU up; written by the management thread, if it counts them.
+    VoluntarySwitches = 16,
+    /// Times that the CPU was taken from its thread; as above.
+    InvoluntarySwitches = 17,
 }
 
 fn load(words: &[AtomicU64], at: usize) -> u64 {
@@ -109,7 +187,7 @@ pub fn register(words: &[AtomicU64], id: u32, name: &str) {
     }
     let cores = usize::try_from(load(words, 1)).unwrap_or(0);
     for core in 0..cores {
-        let from = CORES + core * CORE + PAGE + place(id) * DEVICE;
+        let from = CORES + core * CORE + DEVICES_AT + place(id) * DEVICE;
         let used = words.get(from..from + DEVICE).unwrap_or_default();
         // What has never been written need not take up memory.
         let used = used.iter().filter(|word| word.load(Ordering::Relaxed) != 0);
@@ -143,6 +221,19 @@ pub fn unregister(words: &[AtomicU64], id: u32) {
 pub struct CoreCounters {
     table: &'static [AtomicU64],
     core: &'static [AtomicU64],
+}
+
+/// A queue that a core has been given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueuePlace {
+    /// Its number among the threads; the cores have the first ones.
+    pub thread: u32,
+    /// The device's id.
+    pub device: u32,
+    /// Which of its queues.
+    pub index: u16,
+    /// CPUs that it may be served on.
+    pub allowed: CpuSet,
 }
 
 /// One finished request.
@@ -180,6 +271,52 @@ impl CoreCounters {
         store(self.core, counter as usize, value);
     }
 
+    fn queue_word(&self, at: usize, word: QueueWord) -> usize {
+        QUEUES_AT + at.min(QUEUES - 1) * QUEUE + word as usize
+    }
+
+    /// Takes note of a queue in the core's place `at`.
+    pub fn queue_placed(&self, at: usize, place: &QueuePlace) {
+        if at >= QUEUES {
+            return;
+        }
+        let set = |word, value| store(self.core, self.queue_word(at, word), value);
+        let own = |counter: CoreCounter| load(self.core, counter as usize);
+        set(QueueWord::Device, u64::from(place.device));
+        set(QueueWord::Index, u64::from(place.index));
+        set(QueueWord::Requests, 0);
+        set(QueueWord::Rounds, 0);
+        set(QueueWord::Busy, own(CoreCounter::Busy));
+        set(QueueWord::Idle, own(CoreCounter::Idle));
+        set(QueueWord::CoreRequests, own(CoreCounter::Requests));
+        set(QueueWord::Turns, own(CoreCounter::Turns));
+        let mask = self.queue_word(at, QueueWord::Mask);
+        for (word, value) in (mask..).zip(place.allowed.0) {
+            store(self.core, word, value);
+        }
+        let places = own(CoreCounter::QueuePlaces).max(at as u64 + 1);
+        store(self.core, CoreCounter::QueuePlaces as usize, places);
+        if let Some(word) = self.core.get(self.queue_word(at, QueueWord::Thread)) {
+            // Release: whoever sees the number sees the rest.
+            word.store(u64::from(place.thread), Ordering::Release);
+        }
+    }
+
+    /// Takes note of requests taken from the queue in place `at` in one round.
+    pub fn queue_served(&self, at: usize, requests: u64) {
+        add(
+            self.core,
+            self.queue_word(at, QueueWord::Requests),
+            requests,
+        );
+        add(self.core, self.queue_word(at, QueueWord::Rounds), 1);
+    }
+
+    /// Takes note that the queue in place `at` has gone.
+    pub fn queue_gone(&self, at: usize) {
+        store(self.core, self.queue_word(at, QueueWord::Thread), 0);
+    }
+
     /// Whether a device has a place.
     pub fn counts(&self, id: u32) -> bool {
         load(self.table, TABLE + place(id) * ENTRY) == u64::from(id)
@@ -194,7 +331,7 @@ impl CoreCounters {
             written,
             ns,
         } = request;
-        let device = PAGE + place(id) * DEVICE;
+        let device = DEVICES_AT + place(id) * DEVICE;
         add(self.core, device, read);
         add(self.core, device + 1, written);
         let op = device + 8 + (opcode as usize).min(OPCODES - 1) * OP;
@@ -216,6 +353,24 @@ pub struct OpTotals {
     pub ns: u64,
     /// The histogram of the latencies.
     pub buckets: [u64; BUCKETS],
+}
+
+/// A queue that a core serves. What the core counts of its own time is split among its queues by their requests.
+#[cfg(feature = "std")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CountedQueue {
+    /// Which one.
+    pub place: QueuePlace,
+    /// Requests taken from it here.
+    pub requests: u64,
+    /// Rounds of the core that found requests in it.
+    pub rounds: u64,
+    /// Rounds of the core since it was given the queue.
+    pub turns: u64,
+    /// Nanoseconds of the core's work that are the queue's share, since it was given the queue.
+    pub busy: u64,
+    /// Other nanoseconds since then.
+    pub idle: u64,
 }
 
 /// A device that is counted.
@@ -252,7 +407,7 @@ impl<'a> Reader<'a> {
     }
 
     fn device_at(&self, core: usize, id: u32) -> usize {
-        CORES + core * CORE + PAGE + place(id) * DEVICE
+        CORES + core * CORE + DEVICES_AT + place(id) * DEVICE
     }
 
     /// Bytes that a device's guest has read and written through a core.
@@ -270,6 +425,46 @@ impl<'a> Reader<'a> {
             ns: load(self.0, at + 2),
             buckets: core::array::from_fn(|bucket| load(self.0, at + 4 + bucket)),
         }
+    }
+
+    /// The queues that a core serves.
+    #[cfg(feature = "std")]
+    pub fn queues(&self, core: usize) -> Vec<CountedQueue> {
+        let places = self.core(core, CoreCounter::QueuePlaces);
+        let places = usize::try_from(places).unwrap_or(0).min(QUEUES);
+        (0..places).filter_map(|at| self.queue(core, at)).collect()
+    }
+
+    #[cfg(feature = "std")]
+    fn queue(&self, core: usize, at: usize) -> Option<CountedQueue> {
+        let entry = CORES + core * CORE + QUEUES_AT + at * QUEUE;
+        // Acquire: pairs with the Release in `queue_placed`.
+        let thread = self.0.get(entry)?.load(Ordering::Acquire);
+        let thread = u32::try_from(thread).ok().filter(|thread| *thread != 0)?;
+        let word = |word: QueueWord| load(self.0, entry + word as usize);
+        let since = |counter, before| self.core(core, counter).saturating_sub(word(before));
+        let mask = entry + QueueWord::Mask as usize;
+        let requests = word(QueueWord::Requests);
+        let (busy, idle) = (
+            since(CoreCounter::Busy, QueueWord::Busy),
+            since(CoreCounter::Idle, QueueWord::Idle),
+        );
+        let of = since(CoreCounter::Requests, QueueWord::CoreRequests).max(requests);
+        let share = u128::from(busy) * u128::from(requests) / u128::from(of.max(1));
+        let share = u64::try_from(share).unwrap_or(busy);
+        Some(CountedQueue {
+            place: QueuePlace {
+                thread,
+                device: u32::try_from(word(QueueWord::Device)).unwrap_or(0),
+                index: u16::try_from(word(QueueWord::Index)).unwrap_or(0),
+                allowed: CpuSet(core::array::from_fn(|at| load(self.0, mask + at))),
+            },
+            requests,
+            rounds: word(QueueWord::Rounds),
+            turns: since(CoreCounter::Turns, QueueWord::Turns),
+            busy: share,
+            idle: busy.saturating_add(idle).saturating_sub(share),
+        })
     }
 
     /// The devices that are counted.

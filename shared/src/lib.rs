@@ -5,7 +5,12 @@
 
 extern crate alloc;
 
+/// Exit status of a control plane that an operator has asked by RPC to end, and with it the whole service.
+pub const EXIT_ASKED: u8 = 3;
+
 pub mod counters;
+#[cfg(feature = "std")]
+pub mod cpumask;
 pub mod errno;
 pub mod export;
 #[cfg(all(feature = "std", not(loom)))]
@@ -16,3 +21,7 @@ pub mod logging;
 pub mod msg;
 pub mod region;
 pub mod ring;
+#[cfg(all(feature = "std", not(loom)))]
+mod sealed;
+pub mod trace;
+pub mod tuning;

@@ -79,3 +79,16 @@ pub const MAX_FRAME: usize = 64 * 1024;
 pub const DEFAULT_IO_POOL_SIZE: u32 = 65_535;
 /// Default of fsdev option `fsdev_io_cache_size`, in objects.
 pub const DEFAULT_IO_CACHE_SIZE: u32 = 256;
+
+/// Fewest request slots of all cores together.
+pub const MIN_SLOTS: u32 = 64;
+/// Fewest data buffers of all cores together.
+pub const MIN_BUFFERS: u32 = 8;
+/// Fewest data buffers of a core: one request may need two.
+pub const MIN_BUFFERS_PER_CORE: u32 = 2;
+/// Most request slots of a core: as many operations as a core's ring can have under way.
+pub const MAX_SLOTS_PER_CORE: u32 = 16 * 1024;
+/// Shortest time between two looks of the scheduler, in microseconds.
+pub const MIN_SCHEDULER_PERIOD_US: u64 = 10_000;
+/// Longest time between two looks of the scheduler, in microseconds.
+pub const MAX_SCHEDULER_PERIOD_US: u64 = 3_600_000_000;

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::errno::Errno;
 use crate::export::ExportSpec;
 use crate::limits;
+pub use crate::tuning::{Balance, PciDevice, PoolSpec, Scheduler, Tuning};
 
 /// One frame from the control plane.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,6 +95,39 @@ pub enum Command {
     },
     /// Log as told from now on.
     SetLog(LogSpec),
+    /// Tell what has been tuned.
+    Tuning,
+    /// Make the pools of the cores anew; refused with `EBUSY` while there is a device.
+    SetPools(PoolSpec),
+    /// Spread queues over the cores in this way.
+    SetScheduler(Scheduler),
+    /// Serve a queue on one of these CPUs from now on. Answered when the queue has left its core, if it has to.
+    PlaceThread {
+        /// The queue's number among the threads.
+        thread: u32,
+        /// CPU numbers.
+        cpus: Vec<u32>,
+    },
+    /// Trace at these points, one bit each.
+    SetTrace {
+        /// The points of [`crate::trace`].
+        mask: u64,
+    },
+    /// Claim the cores' CPUs by lock files, or give them up.
+    LockCpus {
+        /// Whether they are claimed.
+        lock: bool,
+    },
+    /// Count context switches of the cores, or stop that.
+    CountContextSwitches {
+        /// Whether they are counted.
+        count: bool,
+    },
+    /// Describe the PCIe functions on which a device is started, from number `from` on.
+    PciDevices {
+        /// The `next` of the previous page; 0 to begin.
+        from: u32,
+    },
 }
 
 /// What is logged.
@@ -195,6 +229,15 @@ pub enum Reply {
     },
     /// The function of [`Command::FunctionCreate`].
     Function(Function),
+    /// The answer to [`Command::Tuning`].
+    Tuning(Tuning),
+    /// One page of [`Command::PciDevices`].
+    PciDevices {
+        /// The functions of this page.
+        devices: Vec<PciDevice>,
+        /// Where the next page begins; `None` after the last one.
+        next: Option<u32>,
+    },
 }
 
 /// Why a command failed. A failed command has changed nothing.
@@ -353,6 +396,11 @@ pub enum FsdevKind {
     Aio(AioSpec),
     /// Answers everything at once and stores nothing; for measurement.
     Null,
+    /// Hands everything on to another fsdev.
+    Passthru {
+        /// Name of the other one.
+        base: String,
+    },
 }
 
 /// Parameters of an `aio` fsdev.
@@ -504,6 +552,7 @@ impl FsdevSpec {
         check_name("fsdev", &self.name)?;
         match &self.kind {
             FsdevKind::Null => Ok(()),
+            FsdevKind::Passthru { base } => check_name("base fsdev", base),
             FsdevKind::Aio(aio) => {
                 if !aio.root_path.starts_with('/') || aio.root_path.contains('\0') {
                     return Err(Failure::new(

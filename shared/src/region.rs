@@ -35,6 +35,7 @@ pub const LAYOUT_HASH: u64 = {
     let mut hash = fnv1a(FNV_OFFSET, include_bytes!("msg.rs"));
     hash = fnv1a(hash, include_bytes!("errno.rs"));
     hash = fnv1a(hash, include_bytes!("export.rs"));
+    hash = fnv1a(hash, include_bytes!("tuning.rs"));
     let numbers = [
         PROTOCOL_VERSION as usize,
         COMMANDS_BYTES,

@@ -71,6 +71,45 @@ static void open_with_truncation(void)
 	expect_content("f", "x", 1);
 }
 
+/* Copies this program to "f" and runs it there; it ends when the descriptor that is returned is closed. */
+static int run_a_copy(void)
+{
+	int from = OK(open("/proc/self/exe", O_RDONLY)), to = OK(open("f", O_WRONLY | O_CREAT, 0755)), pipes[2], started[2];
+	char letter;
+	OK(sendfile(to, from, NULL, 64 * MIB));
+	close(from);
+	close(to);
+	OK(pipe2(pipes, O_CLOEXEC));
+	OK(pipe2(started, O_CLOEXEC));
+	if (OK(fork()) == 0) {
+		dup2(pipes[0], STDIN_FILENO);
+		execl("./f", "f", "wait", (char *)NULL);
+		_exit(write(started[1], "x", 1));
+	}
+	close(pipes[0]);
+	close(started[1]);
+	/* the end of file comes with the execution */
+	REQUIRE(read(started[0], &letter, 1) == 0, "the copy of this program does not run");
+	close(started[0]);
+	return pipes[1];
+}
+
+static void running_program_stays_as_it_is(void)
+{
+	static const int flags[] = { O_WRONLY, O_RDWR, O_RDONLY | O_TRUNC, O_WRONLY | O_TRUNC };
+	int running = run_a_copy(), status;
+	off_t size = stat_of("f").st_size;
+	for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+		FAILS(ETXTBSY, open("f", flags[i]));
+		EQUAL(stat_of("f").st_size, size);
+	}
+	close(running);
+	OK(wait(&status));
+	EQUAL(status, 0);
+	OK(truncate("f", 0));
+	EQUAL(stat_of("f").st_size, 0);
+}
+
 static void truncate_up_and_down(void)
 {
 	static const char zeros[10000];
@@ -352,6 +391,7 @@ const struct check data_checks[] = {
 	{ "vectored reads and writes", vectored_io },
 	{ "append", append },
 	{ "open with truncation", open_with_truncation },
+	{ "a running program stays as it is", running_program_stays_as_it_is },
 	{ "truncate up and down", truncate_up_and_down },
 	{ "end of file", end_of_file },
 	{ "open mode is kept", open_mode_is_kept },

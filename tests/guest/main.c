@@ -2,7 +2,9 @@
  * The driver of the checks:
  *   checks list               print every check's name, one a line
  *   checks run NAME DIR       run one; exit 0 passed, 1 failed, 77 skipped, with the reason on standard output
+ *   checks pair 0|1 DIR [local]   one side of the two-client script
  *   checks hello              print a word: this program, copied to the file system under test, proves that it executes
+ *   checks wait               end at the end of standard input: a copy of this program that runs for as long as a check wants
  */
 #include "checks.h"
 
@@ -197,9 +199,13 @@ int main(int argc, char **argv)
 {
 	if (argc == 2 && !strcmp(argv[1], "hello"))
 		return puts("hello from the mount") < 0;
+	if (argc >= 4 && !strcmp(argv[1], "pair"))
+		return pair(argv + 2, argc - 2);
+	if (argc == 2 && !strcmp(argv[1], "wait"))
+		return getchar() != EOF;
 	bool list = argc == 2 && !strcmp(argv[1], "list");
 	if (!list && !(argc == 4 && !strcmp(argv[1], "run"))) {
-		fprintf(stderr, "usage: checks list | checks run NAME DIR | checks hello\n");
+		fprintf(stderr, "usage: checks list | checks run NAME DIR | checks pair 0|1 DIR [local] | checks hello\n");
 		return 2;
 	}
 	for (size_t g = 0; g < sizeof groups / sizeof *groups; g++)

@@ -4,12 +4,13 @@ use crate::initramfs::Initramfs;
 use crate::process::{Process, wait_until};
 use crate::rigs::{Rigs, build_checks};
 use crate::{TempDir, repository};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 /// The kernels that guests run.
@@ -66,7 +67,7 @@ pub struct Guest {
 pub struct RunningGuest {
     process: Process,
     dir: TempDir,
-    _one: MutexGuard<'static, ()>,
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 /// What a guest left behind.
@@ -88,6 +89,10 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 /// Guests share the machine's few processors badly, so a test binary boots one at a time.
 static ONE_GUEST: Mutex<()> = Mutex::new(());
+
+fn only_guests() -> MutexGuard<'static, ()> {
+    ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Guest {
     /// A virtual machine under QEMU.
@@ -155,6 +160,26 @@ impl Guest {
         self
     }
 
+    /// Adds a program of the host to the guest's root, with the libraries that it is linked to.
+    ///
+    /// # Errors
+    /// When the libraries cannot be found out.
+    pub fn program(mut self, name: &str, from: &Path) -> Result<Self> {
+        let output = Command::new("ldd").arg(from).output().context("run ldd")?;
+        ensure!(
+            output.status.success(),
+            "ldd knows no libraries of {}",
+            from.display()
+        );
+        for library in String::from_utf8_lossy(&output.stdout)
+            .split_whitespace()
+            .filter(|word| word.starts_with('/'))
+        {
+            self = self.file(library.trim_start_matches('/'), Path::new(library));
+        }
+        Ok(self.file(name, from))
+    }
+
     /// Boots, runs the project's check script on `tag`, and shuts down.
     ///
     /// # Errors
@@ -181,7 +206,30 @@ impl Guest {
     /// # Errors
     /// When the guest cannot be started.
     pub fn start(&self, script: &str) -> Result<RunningGuest> {
-        let one = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        self.boot(script, Some(only_guests()))
+    }
+
+    /// Boots two guests at once, and runs a script in each.
+    ///
+    /// # Errors
+    /// As [`Guest::run`], for the first that fails.
+    pub fn run_two(guests: [(&Self, &str); 2], limit: Duration) -> Result<[Outcome; 2]> {
+        let _two = only_guests();
+        let [first, second] = guests;
+        thread::scope(|scope| {
+            let other = scope.spawn(|| second.0.boot(second.1, None)?.wait(limit));
+            let one = first
+                .0
+                .boot(first.1, None)
+                .and_then(|guest| guest.wait(limit));
+            let other = other
+                .join()
+                .map_err(|_| anyhow!("a guest's thread panicked"))?;
+            Ok([one?, other?])
+        })
+    }
+
+    fn boot(&self, script: &str, alone: Option<MutexGuard<'static, ()>>) -> Result<RunningGuest> {
         let dir = TempDir::new();
         fs::create_dir(dir.join("results")).context("make the directory of results")?;
         self.write_initramfs(script, &dir.join("initrd"))?;
@@ -194,7 +242,7 @@ impl Guest {
         Ok(RunningGuest {
             process,
             dir,
-            _one: one,
+            _alone: alone,
         })
     }
 

@@ -1,6 +1,7 @@
 //! A writer for the `newc` cpio archive that the kernel unpacks as its first file system.
 
 use anyhow::{Context, Result};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -14,6 +15,7 @@ const CHARACTER_DEVICE: u32 = 0o020_600;
 pub(crate) struct Initramfs {
     bytes: Vec<u8>,
     entries: u32,
+    directories: BTreeSet<String>,
 }
 
 impl Initramfs {
@@ -21,15 +23,26 @@ impl Initramfs {
     pub(crate) fn new() -> Result<Self> {
         let mut archive = Self::default();
         for name in ["bin", "dev", "mnt", "modules", "proc", "sys", "tmp"] {
-            archive.entry(name, DIRECTORY, (0, 0), &[])?;
+            archive.directory(name)?;
         }
         archive.entry("dev/console", CHARACTER_DEVICE, (5, 1), &[])?;
         archive.entry("dev/null", CHARACTER_DEVICE, (1, 3), &[])?;
         Ok(archive)
     }
 
-    /// Adds an executable file with this content.
+    /// Adds a directory, unless it is there.
+    fn directory(&mut self, name: &str) -> Result<()> {
+        if self.directories.insert(name.to_owned()) {
+            self.entry(name, DIRECTORY, (0, 0), &[])?;
+        }
+        Ok(())
+    }
+
+    /// Adds an executable file with this content, and the directories that it lies in.
     pub(crate) fn file(&mut self, name: &str, content: &[u8]) -> Result<()> {
+        for (end, _) in name.match_indices('/') {
+            self.directory(&name[..end])?;
+        }
         self.entry(name, PROGRAM, (0, 0), content)
     }
 

@@ -10,15 +10,17 @@
 
 mod guest;
 mod initramfs;
+mod numbers;
 mod process;
 mod rigs;
 mod service;
 mod temp;
 
 pub use guest::{Device, Guest, Kernel, Outcome, RunningGuest};
+pub use numbers::Numbers;
 pub use process::{Process, wait_until};
 pub use rigs::{Rigs, build_checks};
-pub use service::{HostMount, Reply, Service, ServiceConfig, binary};
+pub use service::{HostMount, Reply, Service, ServiceConfig, binary, can_mount};
 pub use temp::TempDir;
 
 use std::io::Write;

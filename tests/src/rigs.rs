@@ -33,6 +33,20 @@ impl Rigs {
         Ok(Self(root))
     }
 
+    /// A program of the original's Python client, which `tools/test integration` installs there.
+    ///
+    /// # Errors
+    /// When it has not been installed.
+    pub fn python_client(program: &str) -> Result<PathBuf> {
+        let path = Self::find(&[])?.path("spdk/bin").join(program);
+        ensure!(
+            path.exists(),
+            "no {}: tools/test integration installs it",
+            path.display()
+        );
+        Ok(path)
+    }
+
     /// A path below the cache.
     #[must_use]
     pub fn path(&self, below: &str) -> PathBuf {

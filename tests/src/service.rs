@@ -49,6 +49,19 @@ fn open_directory(dir: &TempDir) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Whether a function can be mounted on this machine.
+///
+/// # Errors
+/// When something that `ferry mount` needs is missing.
+pub fn can_mount() -> Result<()> {
+    ensure!(nix::unistd::geteuid().is_root(), "mounting needs root");
+    ensure!(
+        Path::new("/dev/fuse").exists(),
+        "this machine has no /dev/fuse"
+    );
+    binary("ferry").map(drop)
+}
+
 /// How to start a service.
 #[derive(Clone, Debug, Default)]
 pub struct ServiceConfig {
@@ -200,6 +213,14 @@ impl Service {
         self.process.output()
     }
 
+    /// Whether the supervisor runs.
+    ///
+    /// # Errors
+    /// When that cannot be found out.
+    pub fn running(&mut self) -> Result<bool> {
+        self.process.running()
+    }
+
     /// The id of the supervisor.
     #[must_use]
     pub fn id(&self) -> u32 {
@@ -265,6 +286,14 @@ impl Service {
     pub fn start_vhost_user_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
         self.call("virtio_fs_transport_create -t VHOST_USER")?;
         self.call("virtio_fs_transport_start -t VHOST_USER")?;
+        self.add_vhost_user_device(name, tag, fsdev)
+    }
+
+    /// Brings up one more vhost-user device and gives its socket.
+    ///
+    /// # Errors
+    /// When a step is refused.
+    pub fn add_vhost_user_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
         self.call(&format!(
             "virtio_fs_device_create --transport-name VHOST_USER --dev-name {name} --tag {tag} --fsdev {fsdev} \
              --num-request-queues 2 --queue-size 256"
@@ -317,6 +346,14 @@ impl HostMount {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.dir
+    }
+
+    /// The process that is its driver.
+    ///
+    /// # Errors
+    /// Never in practice: the kernel gives no larger ids.
+    pub fn pid(&self) -> Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.process.id())?))
     }
 
     fn is_mounted(&self) -> Result<bool> {

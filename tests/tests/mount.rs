@@ -2,23 +2,14 @@
 //! requests while the control plane dies.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Service, binary, build_checks, need, repository, wait_until};
+use ferry_tests::{Service, build_checks, can_mount, need, repository, wait_until};
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);
-
-fn can_run() -> Result<()> {
-    ensure!(nix::unistd::geteuid().is_root(), "mounting needs root");
-    ensure!(
-        Path::new("/dev/fuse").exists(),
-        "this machine has no /dev/fuse"
-    );
-    binary("ferry").map(drop)
-}
 
 fn service() -> Result<(Service, PathBuf)> {
     let service = Service::start()?;
@@ -54,13 +45,13 @@ fn run_checks(start_device: fn(&Service) -> Result<PathBuf>) -> Result<()> {
 
 #[test]
 fn the_host_passes_every_check_on_a_doca_function() {
-    need!(can_run());
+    need!(can_mount());
     run_checks(|service| service.start_doca_device("vfsdev0", "checked", "aio0")).unwrap();
 }
 
 #[test]
 fn the_host_passes_every_check_on_a_vhost_user_device() {
-    need!(can_run());
+    need!(can_mount());
     run_checks(|service| service.start_vhost_user_device("vfsdev0", "checked", "aio0")).unwrap();
 }
 
@@ -96,7 +87,7 @@ fn kill(id: u32) -> Result<()> {
 
 #[test]
 fn requests_go_on_while_the_control_plane_is_killed_and_comes_back() {
-    need!(can_run());
+    need!(can_mount());
     let (service, export) = service().unwrap();
     let socket = service
         .start_doca_device("vfsdev0", "steady", "aio0")
@@ -138,7 +129,7 @@ fn requests_go_on_while_the_control_plane_is_killed_and_comes_back() {
 
 #[test]
 fn a_device_can_be_stopped_and_started_again_after_an_unmount() {
-    need!(can_run());
+    need!(can_mount());
     let (service, export) = service().unwrap();
     let socket = service
         .start_doca_device("vfsdev0", "again", "aio0")

@@ -10,8 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use ferry_dataplane::cores::{CoreOptions, CoreSet, PollMode, core_memory};
+use ferry_dataplane::cores::{CoreOptions, CoreSet, DEFAULT_SLOTS_PER_CORE, PollMode, core_memory};
 use ferry_dataplane::fuse::abi::*;
+use ferry_dataplane::keeper::Keeper;
 use ferry_dataplane::os::arena::Arena;
 use ferry_dataplane::os::poller::{Poller, Token};
 use ferry_dataplane::platform::Platform;
@@ -361,10 +362,11 @@ fn a_million_mixed_requests_allocate_nothing() -> Result<()> {
     let dir = TempDir::new();
     let (root, run_dir) = (dir.make_dir("export"), dir.make_dir("run"));
     std::fs::create_dir(run_dir.join("vhost"))?;
-    let mut arena = Arena::new(core_memory(4), false)?;
+    let mut arena = Arena::new(core_memory(DEFAULT_SLOTS_PER_CORE, 4), false)?;
     let options = CoreOptions {
         cpus: vec![0],
         mode: PollMode::Adaptive,
+        slots: DEFAULT_SLOTS_PER_CORE,
         buffers: 4,
     };
     let cores = CoreSet::start(&options, &mut arena)?;
@@ -380,6 +382,7 @@ fn a_million_mixed_requests_allocate_nothing() -> Result<()> {
         vec![0],
         cores,
         Arc::clone(&poller),
+        Keeper::default(),
     );
     let (fsdev, device) = spec(&root);
     service.command(1, Command::FsdevCreate(fsdev));

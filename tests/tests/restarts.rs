@@ -1,36 +1,33 @@
 //! The control plane is killed, again and again, while it is being given work: what it has acknowledged is what the data
-//! plane does and what it knows itself after the next start.
+//! plane does and what it knows itself after the next start. Who reads from a device meanwhile notices nothing.
+//!
+//! `FERRY_KILLS=1000` kills it so often.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Process, TempDir, binary, need, wait_until};
+use ferry_tests::{Numbers, Process, TempDir, binary, need, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// How often it is killed, unless `FERRY_KILLS` says otherwise.
 const KILLS: usize = 50;
+/// Requests between two kills, on the average.
+const REQUESTS: usize = 20;
 const DEVICES: usize = 4;
+const BLOCK: usize = 4096;
+const BLOCKS: usize = 256;
 const LIMIT: Duration = Duration::from_secs(30);
-
-/// A generator of numbers that a failure can be repeated with.
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, limit: usize) -> usize {
-        // xorshift64
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 33).unwrap_or(0) % limit
-    }
-}
 
 struct Rig {
     dir: TempDir,
@@ -117,6 +114,126 @@ fn ask(client: &mut BufReader<UnixStream>, method: &str, params: &Value) -> Resu
     ask_and(client, method, params, || Ok(()))
 }
 
+/// A device mounted on this host, and a thread that reads blocks of it, one after the other, past every cache.
+struct Reading {
+    mount: Process,
+    dir: PathBuf,
+    killing: Arc<AtomicBool>,
+    ended: Arc<AtomicBool>,
+    thread: JoinHandle<Result<[Vec<Duration>; 2]>>,
+}
+
+impl Reading {
+    fn start(rig: &Rig, client: &mut BufReader<UnixStream>) -> Result<Reading> {
+        let export = rig.dir.make_dir("export");
+        for (method, params) in [
+            (
+                "fsdev_aio_create",
+                json!({"name": "aio0", "root_path": export}),
+            ),
+            (
+                "virtio_fs_device_create",
+                json!({"transport_name": "VHOST_USER", "dev_name": "read", "tag": "read", "fsdev": "aio0",
+                    "num_request_queues": 1}),
+            ),
+            ("virtio_fs_device_start", json!({"dev_name": "read"})),
+        ] {
+            let answer = ask(client, method, &params)?.context("no answer")?;
+            ensure!(answer.get("result").is_some(), "{method}: {answer}");
+        }
+        let content: Vec<u8> = (0..BLOCKS).flat_map(|block| [block as u8; BLOCK]).collect();
+        fs::write(export.join("file"), content)?;
+        let dir = rig.dir.make_dir("mnt");
+        let mut command = Command::new(binary("ferry")?);
+        command
+            .arg("mount")
+            .arg(rig.dir.join("run/vhost/read.sock"))
+            .arg(&dir);
+        let mount = Process::start(&command, &rig.dir.join("mount.log"))?;
+        let file = dir.join("file");
+        wait_until("the device is mounted", LIMIT, || Ok(file.exists()))
+            .with_context(|| mount.output())?;
+        let (killing, ended) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let thread = {
+            let (killing, ended) = (Arc::clone(&killing), Arc::clone(&ended));
+            thread::spawn(move || read_blocks(&file, &killing, &ended))
+        };
+        Ok(Reading {
+            mount,
+            dir,
+            killing,
+            ended,
+            thread,
+        })
+    }
+
+    /// Ends it; gives how long each read took before and while the control plane was killed.
+    fn end(mut self) -> Result<[Vec<Duration>; 2]> {
+        self.ended.store(true, Ordering::Relaxed);
+        let times = self.thread.join();
+        let unmounted = Command::new("umount").arg(&self.dir).status()?;
+        ensure!(unmounted.success(), "umount failed");
+        self.mount.wait(LIMIT)?;
+        times.map_err(|_| anyhow::anyhow!("the reader panicked"))?
+    }
+}
+
+/// Reads until it is to end; every block has to be what was written.
+fn read_blocks(
+    path: &Path,
+    killing: &AtomicBool,
+    ended: &AtomicBool,
+) -> Result<[Vec<Duration>; 2]> {
+    let direct = nix::fcntl::OFlag::O_DIRECT.bits();
+    let file = fs::File::options()
+        .read(true)
+        .custom_flags(direct)
+        .open(path)?;
+    let mut memory = vec![0; 2 * BLOCK];
+    let from = memory.as_ptr().align_offset(BLOCK);
+    let buffer = &mut memory[from..from + BLOCK];
+    let mut numbers = Numbers(0xb10c);
+    let mut times = [Vec::new(), Vec::new()];
+    while !ended.load(Ordering::Relaxed) {
+        let block = numbers.below(BLOCKS);
+        let began = Instant::now();
+        file.read_exact_at(buffer, (block * BLOCK) as u64)?;
+        times[usize::from(killing.load(Ordering::Relaxed))].push(began.elapsed());
+        ensure!(
+            buffer.iter().all(|byte| usize::from(*byte) == block),
+            "block {block} has another's content"
+        );
+    }
+    Ok(times)
+}
+
+/// The time that so many per mille did not exceed.
+fn per_mille(times: &[Duration], part: usize) -> Duration {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    let at = (sorted.len() * part).div_ceil(1000).saturating_sub(1);
+    sorted.get(at).copied().unwrap_or_default()
+}
+
+fn report([calm, killing]: &[Vec<Duration>; 2], kills: usize) -> Result<()> {
+    ensure!(!calm.is_empty() && !killing.is_empty(), "nothing was read");
+    let (usual, usual_most) = (per_mille(calm, 999), per_mille(calm, 1000));
+    let (then, most) = (per_mille(killing, 999), per_mille(killing, 1000));
+    let ratio = |time: Duration| time.as_secs_f64() / usual.as_secs_f64();
+    println!(
+        "{kills} kills; {} reads of 4 KiB without them: p99.9 {usual:?}, most {usual_most:?}; {} with them: p99.9 {then:?} \
+         ({:.2} of the former), most {most:?} ({:.2})",
+        calm.len(),
+        killing.len(),
+        ratio(then),
+        ratio(most)
+    );
+    Ok(())
+}
+
 /// What is known of one device: absent, or its tag and state.
 type Known = Option<(String, String)>;
 
@@ -155,6 +272,24 @@ fn choose(numbers: &mut Numbers, name: &str, known: &Known) -> (&'static str, Va
             ),
         },
     }
+}
+
+/// Sends work that is all answered.
+fn work(
+    client: &mut BufReader<UnixStream>,
+    numbers: &mut Numbers,
+    known: &mut BTreeMap<String, Known>,
+    requests: usize,
+) -> Result<()> {
+    for _ in 0..requests {
+        let name = format!("d{}", numbers.below(DEVICES));
+        let before = known.get(&name).cloned().flatten();
+        let (method, params, after) = choose(numbers, &name, &before);
+        let answer = ask(client, method, &params)?.context("it has ended")?;
+        ensure!(answer["result"] == true, "{method} {params}: {answer}");
+        known.insert(name, after);
+    }
+    Ok(())
 }
 
 /// Sends work without an end; the last request is the one without an answer.
@@ -199,8 +334,10 @@ fn devices(client: &mut BufReader<UnixStream>) -> Result<BTreeMap<String, Known>
     let answer = ask(client, "virtio_fs_get_devices", &json!({}))?.context("no answer")?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let listed = answer["result"].as_array().context("not a list")?;
+    let churned = |device: &&Value| device["name"] != "read";
     Ok(listed
         .iter()
+        .filter(churned)
         .map(|device| {
             let known = (text(&device["tag"]), text(&device["state"]));
             (text(&device["name"]), Some(known))
@@ -241,8 +378,11 @@ fn kill_and_compare() -> Result<()> {
         Ok(kills) => kills.parse()?,
         Err(_) => KILLS,
     };
+    let reading = Reading::start(&rig, &mut client)?;
+    work(&mut client, &mut numbers, &mut known, kills * REQUESTS)?;
+    reading.killing.store(true, Ordering::Relaxed);
     for round in 0..kills {
-        let patience = numbers.below(40);
+        let patience = numbers.below(2 * REQUESTS);
         let unknown = churn(
             &mut client,
             &mut numbers,
@@ -272,6 +412,8 @@ fn kill_and_compare() -> Result<()> {
             "round {round}: {now:?} where {known:?} was acknowledged"
         );
     }
+
+    report(&reading.end()?, kills)?;
 
     // A control plane that knows nothing learns from the data plane the same about every started device.
     drop(client);

@@ -123,6 +123,17 @@ fn frame_for_an_unprivileged_user() -> Result<()> {
     ensure!(number(&op("write")?, "REQUESTS")? >= 1, "{frame}");
     ensure!(rows(&frame, "CORE", "CPU").len() == 1, "{frame}");
 
+    // Who asked is in the log.
+    let asked = format!("uid={USER} gid={GROUP}");
+    ensure!(
+        service
+            .log()
+            .lines()
+            .any(|line| line.contains("RPC client") && line.contains(&asked)),
+        "{}",
+        service.log()
+    );
+
     // Another group may not look, and is told what is missing.
     let refused = as_user(GROUP + 1, &["top", "--once", "-i", "0.1"])?;
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();

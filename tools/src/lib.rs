@@ -7,4 +7,5 @@ pub mod fwconfig;
 pub mod mount;
 pub mod rpc;
 pub mod top;
+pub mod trace;
 pub mod up;

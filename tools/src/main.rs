@@ -25,6 +25,8 @@ enum Command {
     Mount(ferry_tools::mount::Args),
     /// Show what the service does: cores, devices, operations, latencies.
     Top(ferry_tools::top::Args),
+    /// Print what the cores have written down at their trace points.
+    Trace(ferry_tools::trace::Args),
     /// Start and supervise both processes, for machines without a service manager.
     Up(Box<ferry_tools::up::Args>),
     /// Show and change the emulated firmware's configuration; also under the name `mlxconfig`.
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => ferry_tools::bench::run(&args),
         Command::Mount(args) => ferry_tools::mount::run(&args),
         Command::Top(args) => ferry_tools::top::run(&args),
+        Command::Trace(args) => ferry_tools::trace::run(&args),
         Command::Up(args) => ferry_tools::up::run(*args),
         Command::Rpc => return ferry_tools::rpc::run(std::iter::empty()),
     };

@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use ferry_shared::EXIT_ASKED;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -199,6 +200,10 @@ impl Supervisor {
                             "{} has ended ({ended}) before the service was ready; its messages are above",
                             process.program()
                         );
+                    }
+                    if ended.code() == Some(EXIT_ASKED.into()) && process.store().is_none() {
+                        process.say("was asked by RPC to end the service");
+                        return Ok(());
                     }
                     process.say(&ended_text(&ended.to_string(), process.delay()));
                 }

@@ -4,6 +4,7 @@ use proptest::prelude::any;
 use tokio::task::LocalSet;
 
 use super::*;
+use crate::app::Phase;
 use crate::dataplane::Link;
 use crate::dataplane::fake::FakeLink;
 use crate::dataplane::fake::VUID;
@@ -11,6 +12,14 @@ use crate::test_dir;
 
 /// Runs `work` with a running control plane on a fake data plane.
 fn with_app<T>(work: impl AsyncFnOnce(Rc<App>, Rc<FakeLink>) -> T) -> T {
+    with_new_app(async |app, link| {
+        app.advance(Phase::Running);
+        work(app, link).await
+    })
+}
+
+/// The same with a control plane that waits for the start.
+fn with_new_app<T>(work: impl AsyncFnOnce(Rc<App>, Rc<FakeLink>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -21,7 +30,6 @@ fn with_app<T>(work: impl AsyncFnOnce(Rc<App>, Rc<FakeLink>) -> T) -> T {
         app.connected(Rc::clone(&link) as Rc<dyn Link>)
             .await
             .unwrap();
-        app.start_init();
         work(app, link).await
     })
 }
@@ -54,6 +62,7 @@ fn a_configuration_that_was_saved_rebuilds_the_same_state() {
         .map(|entry| entry.method)
         .collect();
     let expected = [
+        "framework_set_scheduler",
         "fsdev_set_opts",
         "fsdev_aio_create",
         "virtio_fs_transport_create",
@@ -72,13 +81,13 @@ fn a_configuration_that_was_saved_rebuilds_the_same_state() {
     with_app(async |app, link| {
         let entries = parse(&saved).unwrap();
         apply(&app, &entries, |_| true, false).await.unwrap();
-        assert_eq!(link.commands.borrow().len(), 2);
+        assert_eq!(link.commands.borrow().len(), 3);
         assert_eq!(app.model().devices(), model.devices());
         assert!(app.model().fsdevs().eq(model.fsdevs()));
         let params = Params::Object(vec![("name".to_owned(), json!("virtio_fs"))]);
         let again = app.call("framework_get_config", &params).await.unwrap();
         let saved: Value = serde_json::from_str(&saved).unwrap();
-        assert_eq!(again, saved["subsystems"][1]["config"]);
+        assert_eq!(again, saved["subsystems"][3]["config"]);
     });
 }
 
@@ -224,6 +233,12 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
         3 => aio,
          1 => fsdev().prop_map(with("fsdev_null_create", "name")),
          1 => fsdev().prop_map(with("fsdev_aio_delete", "name")),
+         2 => (fsdev(), fsdev()).prop_map(|(name, base)| ("fsdev_passthru_ext_create",
+            json!({"name": name, "base_fsdev_name": base}))),
+         1 => fsdev().prop_map(with("fsdev_passthru_ext_delete", "name")),
+         1 => Just(("framework_set_scheduler", json!({"name": "static"}))),
+         1 => (10_000..2_000_000u64, 0..101u8).prop_map(|(period, limit)| ("framework_set_scheduler",
+            json!({"name": "dynamic", "period": period, "core_limit": limit}))),
          1 => (1..1000u32).prop_map(|cache| ("fsdev_set_opts",
             json!({"fsdev_io_pool_size": cache * 2, "fsdev_io_cache_size": cache}))),
         4 => transport().prop_map(with("virtio_fs_transport_create", "transport_name")),
@@ -241,19 +256,41 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     proptest::collection::vec(one, 0..50)
 }
 
+/// What can be asked for before the start only.
+fn early_requests() -> impl Strategy<Value = Vec<Request>> {
+    let pools = (60..100_000u64, 1..100_000u64).prop_map(|(slots, buffers)| {
+        (
+            "iobuf_set_options",
+            json!({"small_pool_count": slots, "large_pool_count": buffers}),
+        )
+    });
+    proptest::collection::vec(pools, 0..2)
+}
+
+/// Makes requests; refusals are part of the game.
+async fn play(app: &Rc<App>, requests: Vec<Request>) {
+    for (method, params) in requests {
+        let Value::Object(params) = params else {
+            unreachable!("all are objects")
+        };
+        let _ = app.call(method, &Params::from(params)).await;
+    }
+}
+
 proptest::proptest! {
     #[test]
-    fn saving_loading_and_saving_again_gives_the_same_text(requests in requests()) {
-        let saved = with_app(async |app, _| {
-            for (method, params) in requests {
-                let Value::Object(params) = params else { unreachable!("all are objects") };
-                // Refusals are part of the game.
-                let _ = app.call(method, &Params::from(params)).await;
-            }
+    fn saving_loading_and_saving_again_gives_the_same_text(early in early_requests(), requests in requests()) {
+        let saved = with_new_app(async |app, _| {
+            play(&app, early).await;
+            app.start_init().await.unwrap();
+            play(&app, requests).await;
             render(&collect(&app).await.unwrap(), 2)
         });
-        let again = with_app(async |app, _| {
-            apply(&app, &parse(&saved).unwrap(), |when| when != When::Startup, false).await.unwrap();
+        let again = with_new_app(async |app, _| {
+            let entries = parse(&saved).unwrap();
+            apply(&app, &entries, |when| when != When::Runtime, false).await.unwrap();
+            app.start_init().await.unwrap();
+            apply(&app, &entries, |when| when == When::Runtime, false).await.unwrap();
             render(&collect(&app).await.unwrap(), 2)
         });
         assert_eq!(again, saved);

@@ -1,5 +1,6 @@
 //! A data plane for tests: has what it is given, agrees to everything it is not told to refuse.
 
+use core::cell::Cell;
 use core::cell::RefCell;
 use std::rc::Rc;
 
@@ -9,8 +10,11 @@ use ferry_shared::msg::Function;
 use ferry_shared::msg::Item;
 use ferry_shared::msg::Manager;
 use ferry_shared::msg::PlugState;
+use ferry_shared::msg::PoolSpec;
 use ferry_shared::msg::Reply;
+use ferry_shared::msg::Scheduler;
 use ferry_shared::msg::Service;
+use ferry_shared::msg::Tuning;
 
 use super::Link;
 use super::Outcome;
@@ -26,7 +30,14 @@ pub(crate) struct FakeLink {
     pub(crate) refusal: RefCell<Option<Failure>>,
     /// What exists beyond the platform.
     pub(crate) existing: Vec<Item>,
+    /// Trace points that are on.
+    pub(crate) traced: Cell<u64>,
 }
+
+pub(crate) const POOLS: PoolSpec = PoolSpec {
+    slots: 256,
+    buffers: 32,
+};
 
 pub(crate) fn platform() -> Vec<Item> {
     vec![
@@ -70,6 +81,22 @@ impl FakeLink {
                 items,
                 next: more.then_some(next),
             });
+        }
+        match &command {
+            Command::Tuning => {
+                return Ok(Reply::Tuning(Tuning {
+                    pools: POOLS,
+                    arena_bytes: 8 << 20,
+                    hugepages: false,
+                    scheduler: Scheduler::Static,
+                    trace_file: "/proc/1/fd/3".to_owned(),
+                    trace_mask: self.traced.get(),
+                    cpu_locks: false,
+                    context_switches: false,
+                }));
+            }
+            Command::SetTrace { mask } => self.traced.set(*mask),
+            _ => {}
         }
         self.commands.borrow_mut().push(command);
         match self.refusal.borrow_mut().take() {

@@ -20,6 +20,7 @@ use tokio::task::LocalSet;
 use super::fake::FakeLink;
 use super::*;
 use crate::app::App;
+use crate::app::Phase;
 use crate::rpc::decode::Params;
 use crate::test_dir;
 
@@ -73,7 +74,7 @@ fn serve(channel: &mut Channel, fake: &FakeLink, last: usize) {
 /// Runs `work` with a control plane that keeps connected to `run_dir`.
 fn with_app<T>(run_dir: &Path, work: impl AsyncFnOnce(Rc<App>) -> T) -> T {
     let app = App::new(None);
-    app.start_init();
+    app.advance(Phase::Running);
     LocalSet::new().block_on(&runtime(), async {
         tokio::select! {
             never = keep_connected(Rc::clone(&app), run_dir) => match never {},

@@ -61,6 +61,44 @@ pub(crate) fn module_name(kind: &FsdevKind) -> &'static str {
     match kind {
         FsdevKind::Aio(_) => "aio",
         FsdevKind::Null => "null",
+        FsdevKind::Passthru { .. } => "passthru_external",
+    }
+}
+
+/// How the names of a kind's methods begin.
+pub(crate) fn method_stem(kind: &FsdevKind) -> &'static str {
+    match kind {
+        FsdevKind::Passthru { .. } => "fsdev_passthru_ext",
+        FsdevKind::Aio(_) => "fsdev_aio",
+        FsdevKind::Null => "fsdev_null",
+    }
+}
+
+fn base_of(spec: &FsdevSpec) -> Option<&str> {
+    match &spec.kind {
+        FsdevKind::Passthru { base } => Some(base),
+        FsdevKind::Aio(_) | FsdevKind::Null => None,
+    }
+}
+
+/// Puts fsdevs in an order in which they can be created: each after the one that it hands on to.
+pub(super) fn in_order(mut specs: Vec<FsdevSpec>) -> Vec<FsdevSpec> {
+    let mut ordered: Vec<FsdevSpec> = Vec::with_capacity(specs.len());
+    loop {
+        let waits = |spec: &FsdevSpec, others: &[FsdevSpec]| {
+            let base = base_of(spec);
+            base.is_some_and(|base| others.iter().any(|other| other.name == base))
+        };
+        let (later, now): (Vec<_>, Vec<_>) = {
+            let names = specs.clone();
+            specs.into_iter().partition(|spec| waits(spec, &names))
+        };
+        if now.is_empty() {
+            ordered.extend(later);
+            return ordered;
+        }
+        ordered.extend(now);
+        specs = later;
     }
 }
 
@@ -103,6 +141,9 @@ impl Model {
         if self.fsdevs.iter().any(|fsdev| fsdev.spec.name == spec.name) {
             return refuse(Errno::EEXIST, format!("fsdev {} already exists", spec.name));
         }
+        if let Some(base) = base_of(&spec) {
+            self.fsdev(base)?;
+        }
         self.fsdevs.push(Fsdev {
             spec: spec.clone(),
             state: FsdevState::Creating,
@@ -125,18 +166,31 @@ impl Model {
             return refuse(
                 Errno::ENODEV,
                 format!(
-                    "fsdev {name} is of module {actual}, not {module}; use fsdev_{actual}_delete {name}"
+                    "fsdev {name} is of module {actual}, not {module}; use {}_delete {name}",
+                    method_stem(&fsdev.spec.kind)
                 ),
             );
         }
-        match fsdev.state {
+        let state = fsdev.state;
+        let mut others = self.fsdevs.iter();
+        if let Some(above) = others.find(|other| base_of(&other.spec) == Some(name)) {
+            let detail = format!(
+                "fsdev {0} hands on to fsdev {name}; delete it first with {1}_delete {0}",
+                above.spec.name,
+                method_stem(&above.spec.kind)
+            );
+            return refuse(Errno::EBUSY, detail);
+        }
+        match state {
             FsdevState::Deleting => refuse(Errno::EBUSY, format!("fsdev {name} is being deleted")),
             FsdevState::Missing => {
                 self.fsdevs.retain(|fsdev| fsdev.spec.name != name);
                 Ok(Step::Done)
             }
             FsdevState::Present | FsdevState::Creating => {
-                fsdev.state = FsdevState::Deleting;
+                if let Some(fsdev) = self.fsdev_mut(name) {
+                    fsdev.state = FsdevState::Deleting;
+                }
                 let command = Command::FsdevDelete {
                     name: name.to_owned(),
                 };

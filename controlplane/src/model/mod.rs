@@ -20,6 +20,7 @@ pub use device::DeviceState;
 pub use device::Live;
 pub use fsdev::Fsdev;
 pub use fsdev::FsdevOptions;
+pub(crate) use fsdev::method_stem;
 pub(crate) use fsdev::module_name;
 pub(crate) use fsdev::parse_placement;
 pub(crate) use fsdev::placement_name;
@@ -31,6 +32,8 @@ use ferry_shared::msg::DeviceSpec;
 use ferry_shared::msg::Failure;
 use ferry_shared::msg::Function;
 use ferry_shared::msg::Manager as PlatformManager;
+use ferry_shared::msg::PoolSpec;
+use ferry_shared::msg::Scheduler;
 
 /// Everything the operator has asked for, and what is known of the data plane.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,6 +46,7 @@ pub struct Model {
     options: FsdevOptions,
     /// Functions on hot-plug ports that are to exist, oldest first.
     functions: Vec<HotplugFunction>,
+    wishes: Wishes,
 }
 
 /// A function on a hot-plug port.
@@ -52,6 +56,27 @@ pub struct HotplugFunction {
     pub manager: String,
     /// VUID.
     pub vuid: String,
+}
+
+/// What the operator wants of the data plane's own working; what was not asked for is left to the data plane.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// Request slots of all cores together.
+    pub slots: Option<u32>,
+    /// Data buffers of all cores together.
+    pub buffers: Option<u32>,
+    /// How queues are spread over the cores.
+    pub scheduler: Option<Scheduler>,
+}
+
+impl Wishes {
+    /// The pools that a data plane should have instead of those that it has, if others are wanted.
+    pub fn pools(&self, present: PoolSpec) -> PoolSpec {
+        PoolSpec {
+            slots: self.slots.unwrap_or(present.slots),
+            buffers: self.buffers.unwrap_or(present.buffers),
+        }
+    }
 }
 
 /// What the data plane offers; the last known facts while it is away.
@@ -179,6 +204,16 @@ impl Model {
     /// The options of the fsdev library.
     pub fn options(&self) -> FsdevOptions {
         self.options
+    }
+
+    /// What is wanted of the data plane's own working.
+    pub fn wishes(&self) -> Wishes {
+        self.wishes
+    }
+
+    /// Wants something else.
+    pub fn wish(&mut self, wishes: Wishes) {
+        self.wishes = wishes;
     }
 
     /// Records what became of a ticket.

@@ -13,10 +13,12 @@ use ferry_shared::export::XattrMap;
 use ferry_shared::msg;
 use ferry_shared::msg::AioSpec;
 use ferry_shared::msg::Attach;
+use ferry_shared::msg::Balance;
 use ferry_shared::msg::DeviceSpec;
 use ferry_shared::msg::Failure;
 use ferry_shared::msg::FsdevKind;
 use ferry_shared::msg::FsdevSpec;
+use ferry_shared::msg::Scheduler;
 
 use super::Changes;
 use super::Device;
@@ -28,6 +30,7 @@ use super::Live;
 use super::Manager;
 use super::Model;
 use super::TransportKind;
+use super::Wishes;
 use super::fsdev::FsdevState;
 use super::parse_placement;
 use super::placement_name;
@@ -40,8 +43,10 @@ use crate::state::FsdevV1;
 use crate::state::FunctionV1;
 use crate::state::ManagerV1;
 use crate::state::OptionsV1;
+use crate::state::SchedulerV1;
 use crate::state::StateV1;
 use crate::state::TransportV1;
+use crate::state::WishesV1;
 
 impl Model {
     /// What is to be kept.
@@ -55,6 +60,7 @@ impl Model {
             fsdevs: _,
             options,
             functions,
+            wishes,
         } = self;
         StateV1 {
             options: OptionsV1 {
@@ -84,6 +90,8 @@ impl Model {
                 })
                 .collect(),
             devices: devices.iter().map(store_device).collect(),
+            disabled: Vec::new(),
+            wishes: store_wishes(wishes),
         }
     }
 
@@ -96,8 +104,12 @@ impl Model {
             managers,
             functions,
             devices,
+            // The process's to know.
+            disabled: _,
+            wishes,
         } = state;
         let mut model = Model {
+            wishes: restore_wishes(wishes)?,
             options: FsdevOptions {
                 io_pool_size: options.fsdev_io_pool_size,
                 io_cache_size: options.fsdev_io_cache_size,
@@ -236,9 +248,56 @@ fn started_with(device: &Device) -> Result<DeviceSpec, Failure> {
     })
 }
 
+fn store_wishes(wishes: &Wishes) -> WishesV1 {
+    WishesV1 {
+        small_pool_count: wishes.slots,
+        large_pool_count: wishes.buffers,
+        scheduler: wishes.scheduler.map(|scheduler| match scheduler {
+            Scheduler::Static => SchedulerV1::Static {},
+            Scheduler::Dynamic(Balance {
+                period_us,
+                load_limit,
+                core_limit,
+                core_busy,
+            }) => SchedulerV1::Dynamic {
+                period_us,
+                load_limit,
+                core_limit,
+                core_busy,
+            },
+        }),
+    }
+}
+
+fn restore_wishes(stored: WishesV1) -> Result<Wishes, Failure> {
+    let scheduler = stored.scheduler.map(|scheduler| match scheduler {
+        SchedulerV1::Static {} => Scheduler::Static,
+        SchedulerV1::Dynamic {
+            period_us,
+            load_limit,
+            core_limit,
+            core_busy,
+        } => Scheduler::Dynamic(Balance {
+            period_us,
+            load_limit,
+            core_limit,
+            core_busy,
+        }),
+    });
+    if let Some(scheduler) = scheduler {
+        scheduler.check()?;
+    }
+    Ok(Wishes {
+        slots: stored.small_pool_count,
+        buffers: stored.large_pool_count,
+        scheduler,
+    })
+}
+
 fn store_fsdev(fsdev: &Fsdev) -> FsdevV1 {
     let kind = match &fsdev.spec.kind {
         FsdevKind::Null => FsdevKindV1::Null {},
+        FsdevKind::Passthru { base } => FsdevKindV1::Passthru { base: base.clone() },
         FsdevKind::Aio(aio) => {
             let AioSpec {
                 root_path,
@@ -309,6 +368,7 @@ fn restore_export(export: ExportV1, attr_valid_ms: Option<u32>) -> Result<Export
 fn restore_kind(kind: FsdevKindV1) -> Result<FsdevKind, Failure> {
     Ok(match kind {
         FsdevKindV1::Null {} => FsdevKind::Null,
+        FsdevKindV1::Passthru { base } => FsdevKind::Passthru { base },
         FsdevKindV1::Aio {
             root_path,
             enable_xattr,

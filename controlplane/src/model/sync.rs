@@ -21,6 +21,7 @@ use super::Transport;
 use super::TransportKind;
 use super::device::Pending;
 use super::fsdev::FsdevState;
+use super::fsdev::in_order;
 
 /// What a snapshot has brought.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -34,25 +35,36 @@ pub struct Adopted {
 }
 
 impl Model {
+    /// Takes note of what the data plane offers.
+    pub fn note_platform(&mut self, items: &[Item]) {
+        let mut platform = Platform::default();
+        for item in items {
+            match item {
+                Item::Service(service) => {
+                    platform.run_dir.clone_from(&service.run_dir);
+                    platform.pid = service.pid;
+                    platform.cores = u32::try_from(service.cores.len()).unwrap_or(u32::MAX);
+                }
+                Item::Manager(manager) => platform.managers.push(manager.clone()),
+                Item::Function(function) => platform.functions.push(function.clone()),
+                Item::Fsdev(_) | Item::Device(_) => {}
+            }
+        }
+        self.platform = platform;
+    }
+
     /// Takes over what the data plane has, and lists what it lacks.
     pub fn adopt(&mut self, items: Vec<Item>) -> Adopted {
-        let mut platform = Platform::default();
+        self.note_platform(&items);
         let mut fsdevs = Vec::new();
         let mut devices = Vec::new();
         for item in items {
             match item {
-                Item::Service(service) => {
-                    platform.run_dir = service.run_dir;
-                    platform.pid = service.pid;
-                    platform.cores = u32::try_from(service.cores.len()).unwrap_or(u32::MAX);
-                }
-                Item::Manager(manager) => platform.managers.push(manager),
-                Item::Function(function) => platform.functions.push(function),
+                Item::Service(_) | Item::Manager(_) | Item::Function(_) => {}
                 Item::Fsdev(spec) => fsdevs.push(spec),
                 Item::Device(device) => devices.push(device),
             }
         }
-        self.platform = platform;
         let mut adopted = Adopted::default();
         self.adopt_fsdevs(fsdevs, &mut adopted);
         adopted.missing.extend(self.adopt_functions());
@@ -64,7 +76,7 @@ impl Model {
         for fsdev in &mut self.fsdevs {
             fsdev.state = FsdevState::Missing;
         }
-        for spec in specs {
+        for spec in in_order(specs) {
             let position = self
                 .fsdevs
                 .iter()

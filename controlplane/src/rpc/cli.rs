@@ -169,7 +169,7 @@ impl Parser {
             Kind::Number => {
                 Value::from(parse_number(word).ok_or_else(|| bad("a number from 0 to 4294967295"))?)
             }
-            Kind::Big => Value::from(word.parse::<u64>().map_err(|_| bad("a number"))?),
+            Kind::Big => Value::from(parse_big(word).ok_or_else(|| bad("a number"))?),
             Kind::Signed => Value::from(word.parse::<i32>().map_err(|_| bad("a whole number"))?),
             Kind::Flag | Kind::OldFlag => match word.to_ascii_lowercase().as_str() {
                 "true" | "1" | "yes" | "on" => Value::Bool(true),
@@ -316,8 +316,12 @@ impl Parser {
 
 /// Numbers may be hexadecimal: the guide writes sizes so.
 fn parse_number(word: &str) -> Option<u32> {
+    parse_big(word).and_then(|number| u32::try_from(number).ok())
+}
+
+fn parse_big(word: &str) -> Option<u64> {
     match word.strip_prefix("0x").or_else(|| word.strip_prefix("0X")) {
-        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
         None => word.parse().ok(),
     }
 }

@@ -96,7 +96,7 @@ pub(super) fn function_create(app: Rc<App>, args: Args) -> Answer {
         let step = app.model().function_create(args.required("manager"));
         match app.carry_out(step?).await? {
             Reply::Function(function) => Ok(Value::String(function.vuid)),
-            Reply::Done | Reply::Snapshot { .. } => {
+            _ => {
                 let text = "Internal error: the data plane has named no function";
                 Err(RpcError::new(RpcError::INTERNAL_ERROR, text))
             }

@@ -12,6 +12,7 @@ use super::decode::Args;
 use super::fsdev;
 use super::table;
 use super::table::Answer;
+use super::tune;
 use super::virtio_fs;
 use crate::app::App;
 use crate::app::Phase;
@@ -52,9 +53,11 @@ pub(super) fn rpc_get_methods(app: &App, args: &Args) -> Result<Value, RpcError>
     Ok(json!(names))
 }
 
-pub(super) fn framework_start_init(app: &App, _: &Args) -> Result<Value, RpcError> {
-    app.start_init();
-    Ok(TRUE)
+pub(super) fn framework_start_init(app: Rc<App>, _: Args) -> Answer {
+    Box::pin(async move {
+        app.start_init().await?;
+        Ok(TRUE)
+    })
 }
 
 pub(super) fn framework_wait_init(app: Rc<App>, _: Args) -> Answer {
@@ -125,11 +128,15 @@ pub(super) fn framework_get_config(app: &App, args: &Args) -> Result<Value, RpcE
     }
     Ok(Value::Array(match subsystem.name {
         "fsdev" => fsdev::config(app),
+        "iobuf" => tune::iobuf_config(app),
+        "scheduler" => tune::scheduler_config(app),
         _ => virtio_fs::config(app),
     }))
 }
 
-pub(super) fn spdk_kill_instance(_: &App, args: &Args) -> Result<Value, RpcError> {
+/// What ends this process in an orderly way ends the service, if somebody supervises it: that is the original's one
+/// process. SIGKILL is a crash, after which this process comes back.
+pub(super) fn spdk_kill_instance(app: &App, args: &Args) -> Result<Value, RpcError> {
     let known = [
         signal::SIGINT,
         signal::SIGTERM,
@@ -149,6 +156,9 @@ pub(super) fn spdk_kill_instance(_: &App, args: &Args) -> Result<Value, RpcError
             format!("Invalid parameters: sig_name {name:?} is not one of {names} or its number");
         return Err(RpcError::new(RpcError::INVALID_PARAMS, text));
     };
+    if !matches!(chosen, signal::SIGKILL | signal::SIGUSR1) {
+        app.end_asked.set(true);
+    }
     signal::kill(getpid(), chosen).map_err(|errno| {
         RpcError::new(
             RpcError::INTERNAL_ERROR,

@@ -24,6 +24,7 @@ use super::table::Answer;
 use crate::app::App;
 use crate::model::Fsdev;
 use crate::model::FsdevOptions;
+use crate::model::method_stem;
 use crate::model::module_name;
 use crate::model::parse_placement;
 use crate::model::placement_name;
@@ -54,8 +55,10 @@ pub(super) fn fsdev_get_opts(app: &App, _: &Args) -> Result<Value, RpcError> {
 
 /// The parameters that rebuild an fsdev, without its name.
 fn specifics(kind: &FsdevKind) -> Value {
-    let FsdevKind::Aio(aio) = kind else {
-        return json!({});
+    let aio = match kind {
+        FsdevKind::Aio(aio) => aio,
+        FsdevKind::Null => return json!({}),
+        FsdevKind::Passthru { base } => return json!({"base_fsdev_name": base}),
     };
     let export = &aio.export;
     let mut params = json!({
@@ -96,6 +99,10 @@ fn describe(fsdev: &Fsdev) -> Value {
         specific["entry_valid_ms"] = json!(aio.export.entry_ms());
         specific["negative_valid_ms"] = json!(aio.export.negative_ms());
     }
+    if let FsdevKind::Passthru { .. } = &fsdev.spec.kind {
+        specific["name"] = json!(fsdev.spec.name);
+        specific = json!({"passthru_external": specific});
+    }
     json!({
         "name": fsdev.spec.name,
         "module_name": module_name(&fsdev.spec.kind),
@@ -122,7 +129,7 @@ pub(super) fn config(app: &App) -> Vec<Value> {
         if let Value::Object(specifics) = specifics(&fsdev.spec.kind) {
             params.extend(specifics);
         }
-        let method = format!("fsdev_{}_create", module_name(&fsdev.spec.kind));
+        let method = format!("{}_create", method_stem(&fsdev.spec.kind));
         requests.push(json!({"method": method, "params": params}));
     }
     requests
@@ -205,6 +212,25 @@ pub(super) fn fsdev_aio_create(app: Rc<App>, args: Args) -> Answer {
 
 pub(super) fn fsdev_aio_delete(app: Rc<App>, args: Args) -> Answer {
     delete(app, args.required("name").to_owned(), "aio")
+}
+
+/// Unlike the other creators it tells failures apart.
+pub(super) fn fsdev_passthru_create(app: Rc<App>, args: Args) -> Answer {
+    Box::pin(async move {
+        let name = args.required("name").to_owned();
+        let base = args.required("base_fsdev_name").to_owned();
+        let spec = FsdevSpec {
+            name: name.clone(),
+            kind: FsdevKind::Passthru { base },
+        };
+        let step = app.model_mut().fsdev_create(spec)?;
+        app.carry_out(step).await?;
+        Ok(Value::String(name))
+    })
+}
+
+pub(super) fn fsdev_passthru_delete(app: Rc<App>, args: Args) -> Answer {
+    delete(app, args.required("name").to_owned(), "passthru_external")
 }
 
 pub(super) fn fsdev_null_create(app: Rc<App>, args: Args) -> Answer {

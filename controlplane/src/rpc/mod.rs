@@ -14,6 +14,8 @@ mod params;
 pub mod script;
 pub mod stats;
 pub mod table;
+mod trace;
+mod tune;
 mod virtio_fs;
 
 pub use error::RpcError;

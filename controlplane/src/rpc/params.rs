@@ -365,41 +365,45 @@ pub(super) const FSDEV_OPTIONS: &[Param] = &[
         ..PARAM
     },
 ];
-/// What the original's schedulers can be told; the static one has no use for it.
+/// What the schedulers can be told; the static one has no use for it.
 pub(super) const SCHEDULER: &[Param] = &[
     Param {
         name: "name",
         mandatory: true,
         positional: true,
-        help: "static",
+        help: "static or dynamic",
         ..PARAM
     },
     Param {
         name: "period",
         kind: Kind::Big,
         options: &["-p", "--period"],
-        help: "accepted and not needed",
+        default: "1000000",
+        help: "time between two looks at the loads, in microseconds",
         ..PARAM
     },
     Param {
         name: "load_limit",
         kind: Kind::Number,
         options: &["--load-limit"],
-        help: "accepted and not needed",
+        default: "20",
+        help: "a queue with less load, in per cent of a core, is not moved",
         ..PARAM
     },
     Param {
         name: "core_limit",
         kind: Kind::Number,
         options: &["--core-limit"],
-        help: "accepted and not needed",
+        default: "80",
+        help: "a core with so much load, in per cent, gives queues away",
         ..PARAM
     },
     Param {
         name: "core_busy",
         kind: Kind::Number,
         options: &["--core-busy"],
-        help: "accepted and not needed",
+        default: "95",
+        help: "no core is given more load than this, in per cent",
         ..PARAM
     },
 ];

@@ -4,6 +4,9 @@ use std::collections::HashMap;
 
 use ferry_shared::counters::BUCKETS;
 use ferry_shared::counters::CoreCounter;
+use ferry_shared::counters::Counted;
+use ferry_shared::counters::CountedQueue;
+use ferry_shared::counters::CpuSet;
 use ferry_shared::counters::FIRST_BUCKET;
 use ferry_shared::counters::OPCODES;
 use ferry_shared::counters::OpTotals;
@@ -274,11 +277,79 @@ pub(super) fn fsdev_reset_iostat(app: &App, args: &Args) -> Result<Value, RpcErr
     Ok(TRUE)
 }
 
-/// A mask of one CPU as the original writes it.
+/// A mask of CPUs as the original writes it.
+pub(super) fn mask_of(cpus: &[u32]) -> String {
+    format!("{:x}", CpuSet::of(cpus.iter().copied()))
+}
+
 fn mask(cpu: u64) -> String {
-    let digit = 1u8 << (cpu % 4);
-    let zeros = usize::try_from(cpu / 4).unwrap_or(0);
-    format!("{digit:x}{}", "0".repeat(zeros.min(1024)))
+    mask_of(&[u32::try_from(cpu).unwrap_or(u32::MAX)])
+}
+
+/// The CPUs of the cores.
+pub(super) fn cpus(app: &App) -> Result<Vec<u32>, RpcError> {
+    let counters = app.counters()?;
+    let reader = counters.reader();
+    let cpu = |core| u32::try_from(reader.core(core, CoreCounter::Cpu)).unwrap_or(u32::MAX);
+    Ok((0..reader.cores()).map(cpu).collect())
+}
+
+/// The queues that a core serves, each with its name.
+fn queues(reader: &Reader<'_>, core: usize) -> Vec<(String, CountedQueue)> {
+    let devices = reader.devices();
+    let name = |queue: &CountedQueue| {
+        let device = devices
+            .iter()
+            .find(|device| device.id == queue.place.device);
+        let device = device.map_or("", |device| device.name.as_str());
+        format!("{device}_q{}", queue.place.index)
+    };
+    let queues = reader.queues(core).into_iter();
+    queues.map(|queue| (name(&queue), queue)).collect()
+}
+
+/// Describes each core and each of its queues.
+fn per_thread(
+    app: &App,
+    describe_core: impl Fn(&Reader<'_>, usize) -> Value,
+    describe_queue: impl Fn(&Reader<'_>, &str, &CountedQueue) -> Value,
+) -> Result<Vec<Value>, RpcError> {
+    let counters = app.counters()?;
+    let reader = counters.reader();
+    let cores = 0..reader.cores();
+    let mut threads: Vec<Value> = cores
+        .clone()
+        .map(|core| describe_core(&reader, core))
+        .collect();
+    for core in cores {
+        let queues = queues(&reader, core).into_iter();
+        threads.extend(queues.map(|(name, queue)| describe_queue(&reader, &name, &queue)));
+    }
+    Ok(threads)
+}
+
+/// What the kernel has counted of a CPU, in ticks: user, system and interrupts.
+fn cpu_times(stat: &str, cpu: u64) -> Option<[u64; 3]> {
+    let name = format!("cpu{cpu} ");
+    let line = stat.lines().find(|line| line.starts_with(&name))?;
+    let numbers = line
+        .split_whitespace()
+        .skip(1)
+        .map(|word| word.parse().ok());
+    let numbers: Vec<u64> = numbers.collect::<Option<_>>()?;
+    let at = |index: usize| numbers.get(index).copied().unwrap_or(0);
+    Some([at(0), at(2), at(5).saturating_add(at(6))])
+}
+
+/// The NUMA node of a CPU; 0 where there is only one.
+fn numa_node(cpu: u64) -> u32 {
+    let listed = std::fs::read_dir(format!("/sys/devices/system/cpu/cpu{cpu}"));
+    let names = listed.into_iter().flatten().flatten();
+    let mut nodes = names.filter_map(|entry| {
+        let name = entry.file_name();
+        name.to_str()?.strip_prefix("node")?.parse().ok()
+    });
+    nodes.next().unwrap_or(0)
 }
 
 fn per_core(
@@ -291,80 +362,140 @@ fn per_core(
     Ok(cores.map(|core| describe(&reader, core)).collect())
 }
 
-pub(super) fn framework_get_reactors(app: &App, _: &Args) -> Result<Value, RpcError> {
-    let reactors = per_core(app, |reader, core| {
-        let get = |counter| reader.core(core, counter);
-        let (busy, idle) = (get(CoreCounter::Busy), get(CoreCounter::Idle));
-        let cpu = get(CoreCounter::Cpu);
+fn reactor(reader: &Reader<'_>, core: usize, stat: &str) -> Value {
+    let get = |counter| reader.core(core, counter);
+    let (busy, idle) = (get(CoreCounter::Busy), get(CoreCounter::Idle));
+    let cpu = get(CoreCounter::Cpu);
+    let mut threads = vec![json!({
+        "name": thread_name(core),
+        "id": core + 1,
+        "cpumask": mask(cpu),
+        "elapsed": busy.wrapping_add(idle),
+    })];
+    threads.extend(queues(reader, core).into_iter().map(|(name, queue)| {
         json!({
-            "lcore": cpu,
-            "tid": get(CoreCounter::Thread),
-            "busy": busy,
-            "idle": idle,
-            "in_interrupt": get(CoreCounter::Sleeps) > 0,
-            "sleeps": get(CoreCounter::Sleeps),
-            "requests": get(CoreCounter::Requests),
-            "lw_threads": [{
-                "name": thread_name(core),
-                "id": core + 1,
-                "cpumask": mask(cpu),
-                "elapsed": busy.wrapping_add(idle),
-            }],
+            "name": name,
+            "id": queue.place.thread,
+            "cpumask": format!("{:x}", queue.place.allowed),
+            "elapsed": queue.busy.wrapping_add(queue.idle),
         })
-    })?;
+    }));
+    let [usr, sys, irq] = cpu_times(stat, cpu).unwrap_or_default();
+    let mut reactor = json!({
+        "lcore": cpu,
+        "numa_id": numa_node(cpu),
+        "tid": get(CoreCounter::Thread),
+        "busy": busy,
+        "idle": idle,
+        "in_interrupt": get(CoreCounter::Sleeps) > 0,
+        "irq": irq,
+        "sys": sys,
+        "usr": usr,
+        "sleeps": get(CoreCounter::Sleeps),
+        "requests": get(CoreCounter::Requests),
+        "lw_threads": threads,
+    });
+    let (gave_up, taken) = (
+        get(CoreCounter::VoluntarySwitches),
+        get(CoreCounter::InvoluntarySwitches),
+    );
+    // There are none while framework_monitor_context_switch is off and has been so.
+    if gave_up > 0 || taken > 0 {
+        reactor["context_switches"] = json!({"voluntary": gave_up, "involuntary": taken});
+    }
+    reactor
+}
+
+pub(super) fn framework_get_reactors(app: &App, _: &Args) -> Result<Value, RpcError> {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let reactors = per_core(app, |reader, core| reactor(reader, core, &stat))?;
     let pid = app.model().platform().pid;
     Ok(json!({"tick_rate": TICK_RATE, "pid": pid, "reactors": reactors}))
 }
 
 pub(super) fn thread_get_stats(app: &App, _: &Args) -> Result<Value, RpcError> {
-    let threads = per_core(app, |reader, core| {
-        let get = |counter| reader.core(core, counter);
+    let describe = |name: &str, id: u64, cpumask: String, busy: u64, idle: u64| {
         json!({
-            "name": thread_name(core),
-            "id": core + 1,
-            "cpumask": mask(get(CoreCounter::Cpu)),
-            "busy": get(CoreCounter::Busy),
-            "idle": get(CoreCounter::Idle),
+            "name": name,
+            "id": id,
+            "cpumask": cpumask,
+            "busy": busy,
+            "idle": idle,
             "active_pollers_count": 1,
             "timed_pollers_count": 0,
             "paused_pollers_count": 0,
         })
-    })?;
+    };
+    let core = |reader: &Reader<'_>, core: usize| {
+        let get = |counter| reader.core(core, counter);
+        let (busy, idle) = (get(CoreCounter::Busy), get(CoreCounter::Idle));
+        let cpumask = mask(get(CoreCounter::Cpu));
+        describe(&thread_name(core), core as u64 + 1, cpumask, busy, idle)
+    };
+    let queue = |_: &Reader<'_>, name: &str, queue: &CountedQueue| {
+        let cpumask = format!("{:x}", queue.place.allowed);
+        let id = u64::from(queue.place.thread);
+        describe(name, id, cpumask, queue.busy, queue.idle)
+    };
+    let threads = per_thread(app, core, queue)?;
     Ok(json!({"tick_rate": TICK_RATE, "threads": threads}))
 }
 
 pub(super) fn thread_get_pollers(app: &App, _: &Args) -> Result<Value, RpcError> {
-    let threads = per_core(app, |reader, core| {
+    let describe = |thread: &str, id: u64, poller: &str, runs: u64, busy: u64| {
         let poller = json!({
-            "name": "reactor_turn",
+            "name": poller,
             "id": 1,
             "state": "waiting",
-            "run_count": reader.core(core, CoreCounter::Turns),
-            "busy_count": reader.core(core, CoreCounter::BusyTurns),
+            "run_count": runs,
+            "busy_count": busy,
         });
         json!({
-            "name": thread_name(core),
-            "id": core + 1,
+            "name": thread,
+            "id": id,
             "active_pollers": [poller],
             "timed_pollers": [],
             "paused_pollers": [],
         })
-    })?;
+    };
+    let core = |reader: &Reader<'_>, core: usize| {
+        let get = |counter| reader.core(core, counter);
+        let (turns, busy) = (get(CoreCounter::Turns), get(CoreCounter::BusyTurns));
+        describe(
+            &thread_name(core),
+            core as u64 + 1,
+            "reactor_turn",
+            turns,
+            busy,
+        )
+    };
+    let queue = |_: &Reader<'_>, name: &str, queue: &CountedQueue| {
+        let id = u64::from(queue.place.thread);
+        describe(name, id, "virtqueue_poll", queue.turns, queue.rounds)
+    };
+    let threads = per_thread(app, core, queue)?;
     Ok(json!({"tick_rate": TICK_RATE, "threads": threads}))
 }
 
-/// A channel is a device that a core has served.
+/// A core's channels are the devices that it has served, a queue's the one that it belongs to.
 pub(super) fn thread_get_io_channels(app: &App, _: &Args) -> Result<Value, RpcError> {
-    let threads = per_core(app, |reader, core| {
+    let channel = |device: &Counted| json!({"name": device.name, "ref": 1});
+    let core = |reader: &Reader<'_>, core: usize| {
         let served = |id| Totals::of(reader, core, id).all().requests > 0;
-        let channels: Vec<Value> = reader
-            .devices()
-            .into_iter()
-            .filter(|device| served(device.id))
-            .map(|device| json!({"name": device.name, "ref": 1}))
-            .collect();
+        let devices = reader.devices();
+        let devices = devices.iter().filter(|device| served(device.id));
+        let channels: Vec<Value> = devices.map(channel).collect();
         json!({"name": thread_name(core), "io_channels": channels})
-    })?;
+    };
+    let queue = |reader: &Reader<'_>, name: &str, queue: &CountedQueue| {
+        let devices = reader.devices();
+        let own = devices
+            .iter()
+            .filter(|device| device.id == queue.place.device);
+        let channels: Vec<Value> = own.map(channel).collect();
+        json!({"name": name, "io_channels": channels})
+    };
+    let threads = per_thread(app, core, queue)?;
     Ok(json!({"tick_rate": TICK_RATE, "threads": threads}))
 }
 
@@ -383,26 +514,6 @@ pub(super) fn iobuf_get_stats(app: &App, _: &Args) -> Result<Value, RpcError> {
         "large_pool": {"cache": sum(CoreCounter::BufferTakes), "main": 0, "retry": sum(CoreCounter::BufferWaits),
             "cache_size": sum(CoreCounter::Buffers)},
     }]))
-}
-
-pub(super) fn framework_get_scheduler(app: &App, _: &Args) -> Result<Value, RpcError> {
-    let counters = app.counters()?;
-    let first = counters.reader().core(0, CoreCounter::Cpu);
-    Ok(
-        json!({"scheduler_name": "static", "scheduler_period": 0, "isolated_core_mask": "0",
-        "scheduling_core": first}),
-    )
-}
-
-/// Queues go to the core that has the fewest when they start, and stay there.
-pub(super) fn framework_set_scheduler(_: &App, args: &Args) -> Result<Value, RpcError> {
-    match args.required("name") {
-        "static" => Ok(TRUE),
-        other => Err(RpcError::new(
-            RpcError::INTERNAL_ERROR,
-            format!("Invalid argument: there is no scheduler {other:?}; the scheduler is static"),
-        )),
-    }
 }
 
 fn op_json(op: &OpTotals) -> Value {
@@ -493,5 +604,13 @@ mod tests {
         assert_eq!(mask(3), "8");
         assert_eq!(mask(5), "20");
         assert_eq!(mask(64), "10000000000000000");
+    }
+
+    #[test]
+    fn the_times_of_a_cpu_are_found_by_its_whole_name() {
+        let stat =
+            "cpu  9 9 9 9 9 9 9 9 9 9\ncpu1 1 2 3 4 5 6 7 0 0 0\ncpu10 8 0 8 0 0 8 8 0 0 0\n";
+        assert_eq!(cpu_times(stat, 1), Some([1, 3, 13]));
+        assert_eq!(cpu_times(stat, 0), None);
     }
 }

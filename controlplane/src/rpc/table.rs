@@ -1,10 +1,12 @@
 //! The table of methods.
 //!
 //! A row says everything about a method: its name, when it may be called, its parameters on the wire and on the command
-//! line, and the function that answers it. Rows of methods that look at the service are in `observe`. To add a method,
+//! line, and the function that answers it. Rows of methods that look at the service are in `observe`,
+//! those of methods that change how it works in `tune`. To add a method,
 //! write the function in the file of its noun and add a row.
 
 mod observe;
+mod tune;
 
 use super::RpcError;
 use super::doca;
@@ -67,19 +69,20 @@ const METHOD: Method = Method {
 /// Every method and client command.
 pub static METHODS: &[Method] = &ALL;
 
-static ALL: [Method; OPERATE.len() + observe::OBSERVE.len()] = join(OPERATE, observe::OBSERVE);
+static ALL: [Method; OPERATE.len() + observe::OBSERVE.len() + tune::TUNE.len()] =
+    join(&[OPERATE, observe::OBSERVE, tune::TUNE]);
 
 /// One table after the other.
-const fn join<const N: usize>(first: &[Method], second: &[Method]) -> [Method; N] {
+const fn join<const N: usize>(tables: &[&[Method]]) -> [Method; N] {
     let mut all = [METHOD; N];
-    let mut at = 0;
+    let (mut table, mut row, mut at) = (0, 0, 0);
     while at < N {
-        all[at] = if at < first.len() {
-            first[at]
-        } else {
-            second[at - first.len()]
-        };
-        at += 1;
+        if row == tables[table].len() {
+            (table, row) = (table + 1, 0);
+            continue;
+        }
+        all[at] = tables[table][row];
+        (row, at) = (row + 1, at + 1);
     }
     all
 }
@@ -128,7 +131,7 @@ const OPERATE: &[Method] = &[
         when: When::Startup,
         help: "Leave the startup state that --wait-for-rpc began",
         rule: Rule::Absent("framework_start_init requires no parameters"),
-        handler: Handler::Now(framework::framework_start_init),
+        handler: Handler::Later(framework::framework_start_init),
         ..METHOD
     },
     Method {
@@ -172,7 +175,17 @@ const OPERATE: &[Method] = &[
         name: "framework_get_config",
         aliases: &["get_subsystem_config"],
         help: "The requests that rebuild one subsystem",
-        params: &[SUBSYSTEM],
+        params: &[
+            SUBSYSTEM,
+            Param {
+                name: "with_batches",
+                kind: Kind::Flag,
+                options: &["--with-batches"],
+                default: "false",
+                help: "accepted for today's clients: no request of this service needs to go with others",
+                ..PARAM
+            },
+        ],
         rule: ARGUMENTS,
         output: Output::Json,
         handler: Handler::Now(framework::framework_get_config),
@@ -181,7 +194,7 @@ const OPERATE: &[Method] = &[
     Method {
         name: "spdk_kill_instance",
         aliases: &["kill_instance"],
-        help: "Send a signal to the control plane",
+        help: "Send a signal to the control plane; one that ends it in order ends the service under ferry up, SIGKILL is a crash",
         params: &[Param {
             name: "sig_name",
             mandatory: true,

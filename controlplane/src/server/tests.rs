@@ -2,6 +2,8 @@ use std::io::ErrorKind;
 
 use ferry_shared::msg::Command;
 use ferry_shared::msg::Event;
+use ferry_shared::msg::PoolSpec;
+use ferry_shared::msg::Scheduler;
 use serde_json::Value;
 use tokio::io::AsyncBufReadExt;
 use tokio::io::AsyncWriteExt;
@@ -71,7 +73,7 @@ fn with_app<T>(
 #[test]
 fn pipelined_and_fragmented_requests_are_answered_in_their_order() {
     with_server("pipeline", async |app, _, path| {
-        app.start_init();
+        app.advance(Phase::Running);
         let mut client = client(path).await;
         let requests = r#"{"id":1,"method":"virtio_fs_transport_create","params":{"transport_name":"DOCA"}}
             {"id":2,"method":"virtio_fs_transport_start","params":{"transport_name":"DOCA"}}{"id":3,"method":"virtio_fs_get_transports"}"#;
@@ -151,6 +153,263 @@ fn states_are_kept_apart_and_waiting_for_the_start_is_overtaken() {
 }
 
 #[test]
+fn a_client_that_writes_no_more_still_gets_what_it_waits_for() {
+    with_server("half", async |app, _, path| {
+        let mut client = client(path).await;
+        send(&mut client, "{\"id\":7,\"method\":\"framework_wait_init\"}").await;
+        client.get_mut().shutdown().await.unwrap();
+        // The server has seen the end when a later client has been answered.
+        let mut other = self::client(path).await;
+        ask(&mut other, "spdk_get_version", "null").await;
+        app.advance(Phase::Ready);
+        assert_eq!(response(&mut client).await["id"], 7);
+        assert_eq!(client.read_line(&mut String::new()).await.unwrap(), 0);
+    });
+}
+
+/// A control plane that has a state and waits for the start.
+fn restored() -> Rc<App> {
+    let app = App::new(None);
+    let state = serde_json::json!({
+        "options": {"fsdev_io_pool_size": 1000, "fsdev_io_cache_size": 10},
+        "fsdevs": [{"name": "f", "kind": {"null": {}}}],
+        "transports": [{"name": "VHOST_USER", "started": true}],
+        "managers": [],
+        "devices": [{"name": "d", "transport": "VHOST_USER", "state": "running", "tag": "t", "fsdev": "f",
+            "num_request_queues": 1, "queue_size": 64, "packed_vq": false, "notification_vq": false,
+            "driver_platform": "native", "manager": null, "vuid": null}],
+        "wishes": {"small_pool_count": 4096, "scheduler": {"dynamic":
+            {"period_us": 100000, "load_limit": 20, "core_limit": 80, "core_busy": 95}}},
+    });
+    app.restore(serde_json::from_value(state).unwrap()).unwrap();
+    app
+}
+
+#[test]
+fn nothing_that_is_kept_is_issued_before_the_start_and_everything_before_its_answer() {
+    with_app("held", restored(), async |_, link, path| {
+        assert_eq!(*link.commands.borrow(), []);
+        let mut client = client(path).await;
+        let started = ask(&mut client, "framework_start_init", "null").await;
+        assert_eq!(started["result"], true);
+        let issued = link.commands.borrow().clone();
+        let [pools, scheduler, fsdev, device] = issued.as_slice() else {
+            panic!("{issued:?}")
+        };
+        let wanted = PoolSpec {
+            slots: 4096,
+            buffers: 32,
+        };
+        assert_eq!(*pools, Command::SetPools(wanted));
+        let Command::SetScheduler(Scheduler::Dynamic(balance)) = scheduler else {
+            panic!("{scheduler:?}")
+        };
+        assert_eq!(balance.period_us, 100_000);
+        assert!(matches!(fsdev, Command::FsdevCreate(spec) if spec.name == "f"));
+        assert!(matches!(device, Command::DeviceStart(spec) if spec.name == "d"));
+        let devices = ask(&mut client, "virtio_fs_get_devices", "null").await;
+        assert_eq!(devices["result"][0]["state"], "running");
+    });
+}
+
+#[test]
+fn what_is_kept_of_a_disabled_subsystem_is_not_issued() {
+    with_app("disabled", restored(), async |app, link, path| {
+        let mut client = client(path).await;
+        let disable = r#"{"name":"virtio_fs"}"#;
+        let disabled = ask(&mut client, "framework_disable_subsystem", disable).await;
+        assert_eq!(disabled["result"], true);
+        ask(&mut client, "framework_start_init", "null").await;
+        let device = |command: &Command| matches!(command, Command::DeviceStart(_));
+        assert!(!link.commands.borrow().iter().any(device));
+        let unknown = ask(&mut client, "virtio_fs_get_devices", "null").await;
+        assert_eq!(unknown["error"]["code"], -32601);
+        // It is kept all the same, for a start with the subsystem.
+        assert_eq!(app.model().stored().devices.len(), 1);
+    });
+}
+
+#[test]
+fn a_start_while_there_is_no_data_plane_leaves_everything_to_its_coming() {
+    with_app("late", restored(), async |app, link, path| {
+        app.disconnected("gone".to_owned());
+        let mut client = client(path).await;
+        let started = ask(&mut client, "framework_start_init", "null").await;
+        assert_eq!(started["result"], true);
+        assert_eq!(*link.commands.borrow(), []);
+        app.connected(Rc::clone(&link) as Rc<dyn crate::dataplane::Link>)
+            .await
+            .unwrap();
+        assert_eq!(link.commands.borrow().len(), 4);
+    });
+}
+
+#[test]
+fn options_of_the_pools_are_refused_with_the_codes_of_the_original() {
+    with_server("iobuf", async |app, link, path| {
+        let mut client = client(path).await;
+        for (params, code) in [
+            (r#"{"small_pool_count":1}"#, -22),
+            (r#"{"large_pool_count":7}"#, -22),
+            (r#"{"large_pool_count":4294967296}"#, -22),
+            (r#"{"small_bufsize":16384}"#, -22),
+            (r#"{"large_bufsize":262144}"#, -22),
+            (r#"{"enable_numa":true}"#, -95),
+            (r#"{"bogus":1}"#, -32602),
+        ] {
+            let refused = ask(&mut client, "iobuf_set_options", params).await;
+            assert_eq!(refused["error"]["code"], code, "{params}: {refused}");
+        }
+        let refusal = Failure::new(FailureCode::ENOMEM, "too much");
+        *link.refusal.borrow_mut() = Some(refusal);
+        let refused = ask(
+            &mut client,
+            "iobuf_set_options",
+            r#"{"large_pool_count":8}"#,
+        )
+        .await;
+        assert_eq!(refused["error"]["code"], -12);
+        assert_eq!(app.model().wishes(), crate::model::Wishes::default());
+        link.commands.borrow_mut().clear();
+        let all = r#"{"small_pool_count":8192,"large_pool_count":1024,"small_bufsize":8192,"large_bufsize":135168}"#;
+        assert_eq!(
+            ask(&mut client, "iobuf_set_options", all).await["result"],
+            true
+        );
+        let pools = PoolSpec {
+            slots: 8192,
+            buffers: 1024,
+        };
+        assert_eq!(*link.commands.borrow(), [Command::SetPools(pools)]);
+        app.advance(Phase::Running);
+        let late = ask(&mut client, "iobuf_set_options", all).await;
+        assert_eq!(late["error"]["code"], -1);
+        let config = ask(&mut client, "framework_get_config", r#"{"name":"iobuf"}"#).await;
+        assert_eq!(config["result"][0]["params"]["large_pool_count"], 1024);
+    });
+}
+
+#[test]
+fn a_scheduler_is_refused_by_its_name_and_its_numbers_and_the_old_one_stays() {
+    with_server("scheduler", async |app, link, path| {
+        let mut client = client(path).await;
+        for (params, code) in [
+            (r#"{"name":"gscheduler"}"#, -32603),
+            (r#"{"name":"dynamic","load_limit":101}"#, -32602),
+            (r#"{"name":"dynamic","core_limit":300}"#, -32602),
+            (r#"{"name":"dynamic","period":1}"#, -32602),
+            (r#"{"period":1000000}"#, -32602),
+        ] {
+            let refused = ask(&mut client, "framework_set_scheduler", params).await;
+            assert_eq!(refused["error"]["code"], code, "{params}: {refused}");
+        }
+        assert_eq!(*link.commands.borrow(), []);
+        assert_eq!(app.model().wishes(), crate::model::Wishes::default());
+        let dynamic = r#"{"name":"dynamic","period":50000}"#;
+        assert_eq!(
+            ask(&mut client, "framework_set_scheduler", dynamic).await["result"],
+            true
+        );
+        assert!(
+            matches!(*link.commands.borrow(), ref sent if matches!(sent[..], [Command::SetScheduler(_)]))
+        );
+    });
+}
+
+#[test]
+fn trace_points_are_turned_on_and_off_by_group_and_by_mask() {
+    with_server("trace", async |_, link, path| {
+        let mut client = client(path).await;
+        let group = |number| ferry_shared::trace::group_mask(number);
+        for (method, params, on) in [
+            ("trace_enable_tpoint_group", r#"{"name":"fuse"}"#, group(1)),
+            (
+                "trace_set_tpoint_mask",
+                r#"{"name":"virtio","tpoint_mask":3}"#,
+                group(1) | 3,
+            ),
+            (
+                "trace_clear_tpoint_mask",
+                r#"{"name":"virtio","tpoint_mask":1}"#,
+                group(1) | 2,
+            ),
+            (
+                "trace_set_tpoint_mask",
+                r#"{"name":"reactor"}"#,
+                group(1) | 2 | group(3),
+            ),
+            (
+                "trace_disable_tpoint_group",
+                r#"{"name":"fuse"}"#,
+                2 | group(3),
+            ),
+        ] {
+            assert_eq!(
+                ask(&mut client, method, params).await["result"],
+                true,
+                "{method}"
+            );
+            assert_eq!(link.traced.get(), on, "{method} {params}");
+        }
+        let masks = ask(&mut client, "trace_get_tpoint_group_mask", "null").await;
+        assert_eq!(masks["result"]["tpoint_group_mask"], "0x9");
+        assert_eq!(masks["result"]["virtio"]["tpoint_mask"], "0x2");
+        assert_eq!(masks["result"]["fuse"]["enabled"], false);
+        for (method, params) in [
+            ("trace_enable_tpoint_group", r#"{"name":"nosuch"}"#),
+            (
+                "trace_set_tpoint_mask",
+                r#"{"name":"fuse","tpoint_mask":32}"#,
+            ),
+            ("trace_get_info", "{}"),
+        ] {
+            let refused = ask(&mut client, method, params).await;
+            assert_eq!(refused["error"]["code"], -32602, "{method}: {refused}");
+            assert_eq!(link.traced.get(), 2 | group(3));
+        }
+        ask(
+            &mut client,
+            "trace_disable_tpoint_group",
+            r#"{"name":"all"}"#,
+        )
+        .await;
+        assert_eq!(link.traced.get(), 0);
+    });
+}
+
+#[test]
+fn an_fsdev_that_hands_on_keeps_the_one_below_it() {
+    with_server("passthru", async |app, _, path| {
+        app.advance(Phase::Running);
+        let mut client = client(path).await;
+        let create = r#"{"name":"p","base_fsdev_name":"f"}"#;
+        let early = ask(&mut client, "fsdev_passthru_ext_create", create).await;
+        assert_eq!(early["error"]["code"], -19);
+        ask(&mut client, "fsdev_null_create", r#"{"name":"f"}"#).await;
+        let created = ask(&mut client, "fsdev_passthru_ext_create", create).await;
+        assert_eq!(created["result"], "p");
+        let again = ask(&mut client, "fsdev_passthru_ext_create", create).await;
+        assert_eq!(again["error"]["code"], -17);
+        let listed = ask(&mut client, "fsdev_get_fsdevs", r#"{"name":"p"}"#).await;
+        assert_eq!(listed["result"]["module_name"], "passthru_external");
+        let specific = &listed["result"]["module_specific"]["passthru_external"];
+        assert_eq!(specific["base_fsdev_name"], "f");
+        let busy = ask(&mut client, "fsdev_null_delete", r#"{"name":"f"}"#).await;
+        assert_eq!(busy["error"]["code"], -16);
+        for (method, params) in [
+            ("fsdev_passthru_ext_delete", r#"{"name":"p"}"#),
+            ("fsdev_null_delete", r#"{"name":"f"}"#),
+        ] {
+            assert_eq!(
+                ask(&mut client, method, params).await["result"],
+                true,
+                "{method}"
+            );
+        }
+    });
+}
+
+#[test]
 fn unknown_forbidden_and_disabled_methods_do_not_exist() {
     let app = App::new(Some(
         ["rpc_get_methods", "virtio_fs_get_devices"]
@@ -158,7 +417,7 @@ fn unknown_forbidden_and_disabled_methods_do_not_exist() {
             .to_vec(),
     ));
     with_app("allowed", app, async |app, _, path| {
-        app.start_init();
+        app.advance(Phase::Running);
         let mut client = client(path).await;
         for method in ["nosuch", "save_config", "spdk_get_version"] {
             let response = ask(&mut client, method, "null").await;
@@ -196,7 +455,7 @@ fn unknown_forbidden_and_disabled_methods_do_not_exist() {
             .await["result"],
             true
         );
-        app.start_init();
+        app.advance(Phase::Running);
         assert_eq!(
             ask(&mut client, "virtio_fs_get_devices", "null").await["error"]["code"],
             -32601
@@ -218,7 +477,7 @@ fn unknown_forbidden_and_disabled_methods_do_not_exist() {
 #[test]
 fn the_guides_bring_up_and_tear_down_reach_the_data_plane() {
     with_server("bringup", async |app, link, path| {
-        app.start_init();
+        app.advance(Phase::Running);
         let mut client = client(path).await;
         let create = r#"{"transport_name":"DOCA","dev_name":"vfsdev0","tag":"docatag","fsdev":"aio0",
             "num_request_queues":8,"queue_size":256,"driver_platform":"x86_64"}"#;
@@ -280,7 +539,7 @@ fn refusals_of_the_data_plane_reach_the_client_with_the_codes_of_their_methods()
     use ferry_shared::errno::Errno as E;
     use ferry_shared::msg::Failure;
     with_server("refusals", async |app, link, path| {
-        app.start_init();
+        app.advance(Phase::Running);
         let mut client = client(path).await;
         link.refusal.replace(Some(Failure::new(
             E::ENOENT,
@@ -406,7 +665,7 @@ fn the_log_is_set_in_both_processes_and_again_in_a_data_plane_that_comes_later()
 #[test]
 fn what_happens_is_notified() {
     with_server("notify", async |app, _, path| {
-        app.start_init();
+        app.advance(Phase::Running);
         let mut client = client(path).await;
         for (method, params) in [
             ("fsdev_null_create", r#"{"name":"f"}"#),

@@ -17,6 +17,8 @@ fn state(name: &str) -> StateV1 {
         managers: Vec::new(),
         functions: Vec::new(),
         devices: Vec::new(),
+        disabled: Vec::new(),
+        wishes: WishesV1::default(),
     }
 }
 

@@ -42,11 +42,15 @@ impl Meter {
             buffers,
             buffer_waits,
             slot_waits,
+            free_slots,
+            free_buffers,
         } = *reactor;
         self.counters.set(CoreCounter::Requests, requests);
         self.counters.set(CoreCounter::BufferTakes, buffers);
         self.counters.set(CoreCounter::BufferWaits, buffer_waits);
         self.counters.set(CoreCounter::SlotWaits, slot_waits);
+        self.counters.set(CoreCounter::FreeSlots, free_slots);
+        self.counters.set(CoreCounter::FreeBuffers, free_buffers);
     }
 
     /// The core has slept.

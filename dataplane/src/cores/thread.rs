@@ -3,16 +3,18 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use ferry_shared::counters::{CoreCounter, CoreCounters};
+use ferry_shared::trace::{CoreTrace, Point, Record};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::{Pid, gettid};
 
 use super::helpers::{HelperJob, Helpers};
 use super::meter::Meter;
-use super::{CoreMailbox, CoreMessage, LOCK_POLL, MAILBOX_TOKEN, PollMode, SLOTS_PER_CORE, SPIN};
+use super::{CoreMailbox, CoreMessage, LOCK_POLL, MAILBOX_TOKEN, PollMode, SPIN};
 use crate::fsdev::IoOp;
 use crate::id::{CoreEvent, DeviceId, QueueIdx};
 use crate::mailbox::Mailbox;
@@ -134,6 +136,9 @@ struct Core<B: Backend> {
     mode: PollMode,
     completions: Vec<Completion>,
     meter: Meter,
+    /// Set to answer a ping.
+    answered: Arc<AtomicBool>,
+    trace: Option<CoreTrace>,
 }
 
 impl<B: Backend> Core<B> {
@@ -182,13 +187,25 @@ impl<B: Backend> Core<B> {
     fn sleep(&mut self) -> io::Result<()> {
         if self.reactor.arm() && self.sys.own.prepare_sleep() {
             let limit = self.reactor.has_waiting().then_some(LOCK_POLL);
+            self.trace(Point::Sleep);
             self.sys.ring.sleep(limit, |c| self.completions.push(c))?;
             self.sys.own.awake();
+            self.trace(Point::Wake);
             self.meter.slept();
         }
         self.reactor.disarm();
         self.complete();
         Ok(())
+    }
+
+    fn trace(&self, point: Point) {
+        if let Some(trace) = self.trace.as_ref().filter(|trace| trace.on(point)) {
+            let record = Record {
+                ns: self.sys.now(),
+                ..Record::default()
+            };
+            trace.write(point, &record);
+        }
     }
 
     /// Hands completions on.
@@ -228,6 +245,7 @@ impl<B: Backend> Core<B> {
             CoreMessage::Interrupt { device, unique } => {
                 reactor.interrupt_request(device, unique, sys)
             }
+            CoreMessage::Ping => self.answered.store(true, Ordering::Relaxed),
             CoreMessage::Quit => return false,
         }
         true
@@ -245,7 +263,10 @@ pub(super) struct CoreSeed<B> {
     pub(super) others: Vec<Arc<CoreMailbox<B>>>,
     pub(super) helpers: Arc<Helpers<B>>,
     pub(super) events: Arc<Mailbox<CoreEvent>>,
+    pub(super) answered: Arc<AtomicBool>,
     pub(super) counters: CoreCounters,
+    pub(super) trace: Option<CoreTrace>,
+    pub(super) origin: Instant,
 }
 
 impl<B: Backend> CoreSeed<B> {
@@ -285,8 +306,10 @@ impl<B: Backend> CoreSeed<B> {
             ))
         })?;
         let queues = ferry_shared::limits::MAX_QUEUES_PER_SERVICE as usize;
-        let ring =
-            Ring::new().map_err(|e| io::Error::other(format!("cannot create an io_uring: {e}")))?;
+        let slots = self.bodies.len();
+        let watches = ferry_shared::limits::MAX_QUEUES_PER_SERVICE;
+        let ring = Ring::new(slots, watches)
+            .map_err(|e| io::Error::other(format!("cannot create an io_uring: {e}")))?;
         let sys = CoreSystem {
             ring,
             own: self.own,
@@ -294,23 +317,27 @@ impl<B: Backend> CoreSeed<B> {
             helpers: self.helpers,
             events: self.events,
             watches: Vec::with_capacity(queues),
-            origin: Instant::now(),
+            origin: self.origin,
         };
         let thread = u64::try_from(gettid().as_raw()).unwrap_or(0);
         self.counters.set(CoreCounter::Thread, thread);
         self.counters.set(CoreCounter::Cpu, u64::from(self.cpu));
-        let slots = u64::from(self.bodies.len());
-        self.counters.set(CoreCounter::Slots, slots);
+        self.counters.set(CoreCounter::Slots, u64::from(slots));
         let buffers = self.pool.available() as u64;
         self.counters.set(CoreCounter::Buffers, buffers);
         let mut reactor = Reactor::new(self.bodies, self.pool, queues);
         reactor.count_in(self.counters);
+        if let Some(trace) = self.trace {
+            reactor.trace_in(trace);
+        }
         Ok(Core {
             reactor,
             sys,
             mode: self.mode,
-            completions: Vec::with_capacity(2 * SLOTS_PER_CORE as usize + queues),
+            completions: Vec::with_capacity(2 * slots as usize + queues),
             meter: Meter::new(self.counters),
+            answered: self.answered,
+            trace: self.trace,
         })
     }
 }

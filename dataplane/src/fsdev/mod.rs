@@ -20,6 +20,7 @@ use ferry_shared::errno::Errno;
 
 use crate::fuse::abi::*;
 use crate::mem::Segments;
+use crate::recovery::journal::Journal;
 
 /// Who asks: what of the request's header a backend may use, and what came in its extensions.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +37,8 @@ pub struct Caller<'a> {
     pub supplementary_group: Option<u32>,
     /// Security label for a new inode (`FUSE_SECURITY_CTX`): attribute name and value, when the guest sent it.
     pub security_context: Option<(&'a CStr, &'a [u8])>,
+    /// Where the request notes what it is about to do, if it must not be done twice.
+    pub journal: Journal<'a>,
 }
 
 /// What a mount agreed on, as far as a backend cares.
@@ -176,6 +179,10 @@ pub trait FsDev: Send + Sync {
 
     /// A mount begins: the session has granted these. Called before any other operation of the mount.
     fn mount(&self, negotiated: Negotiated) -> Result<(), Errno>;
+
+    /// Goes on with a mount that an earlier process has begun, and whose node ids and handles are still there. Called before
+    /// any operation.
+    fn resume(&self, negotiated: Negotiated) {}
 
     /// The mount ends (DESTROY, a second INIT, device reset): every node id and handle is dropped, locks are released.
     /// Pinned files stay open until they are unpinned. Other cores may still be inside an operation that began before: it may

@@ -2,8 +2,8 @@
 //!
 //! A backend keeps its inodes, open files and lock owners in a [`Table`]. The table owns one optional file descriptor per
 //! record and guarantees two things: an id that was never given out, or whose object is gone, is refused; and a
-//! descriptor is retired only when nobody uses it. It makes no system calls and, once built, never allocates: slots come
-//! zeroed from the allocator, so those that are never used cost no memory.
+//! descriptor is retired only when nobody uses it. It makes no system calls and, once built, never allocates: slots begin
+//! zeroed, so those that are never used cost no memory.
 //!
 //! # How it works
 //!
@@ -13,20 +13,28 @@
 //! pin does what was put off meanwhile, that is frees a killed slot or retires a descriptor that [`Pinned::chill`] has
 //! asked for.
 //!
+//! # After a crash
+//!
+//! Slots may lie in recovery memory. A later process takes the live ones over as they are: ids and records stay, pins and
+//! descriptors are the dead process's and are dropped, and what links slots to each other is made anew. A slot that is not
+//! alive gets the next generation, because ids of the present one may have been given out. A record is alive from the store
+//! in [`Vacant::publish`] on, and dead from the one in [`Pinned::kill`] on; nothing in between.
+//!
 //! Records can be found by a key through chained buckets ([`Table::lock`]). A chain changes only under the lock of its
 //! shard, and a record is killed only after it has left its chain, so what a chain holds is alive.
 
-use alloc::boxed::Box;
 use core::marker::PhantomData;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use spin::mutex::{SpinMutex, SpinMutexGuard};
-use zerocopy::FromZeros;
+use zerocopy::FromBytes;
 
-/// What a table holds. All zeroes must be a valid, empty record.
-pub trait Record: FromZeros {
+use crate::recovery::placed::Placed;
+
+/// What a table holds. Any bytes must be a valid record, and zeroes an empty one.
+pub trait Record: FromBytes {
     /// Called with a record's descriptor when nothing uses it any more.
     fn retire(&self, fd: i32);
 }
@@ -81,9 +89,10 @@ fn id_of(index: u32, state: u64) -> u64 {
     ((state >> GENERATION_SHIFT) << 32) | u64::from(index)
 }
 
-#[derive(FromZeros)]
+/// One place of a table, and what is needed to keep a table elsewhere than on the heap.
+#[derive(FromBytes)]
 #[repr(C)]
-struct Slot<R> {
+pub struct Slot<R> {
     state: AtomicU64,
     /// Next in the bucket's chain; 0 ends it.
     chain: AtomicU32,
@@ -94,8 +103,9 @@ struct Slot<R> {
 
 /// A table with a fixed number of slots. Ids are never 0; the first one given out is 1.
 pub struct Table<R> {
-    slots: Box<[Slot<R>]>,
-    buckets: Box<[AtomicU32]>,
+    /// The first one is never given out; its `chain` says how many were ever used, for the process that comes after.
+    slots: Placed<Slot<R>>,
+    buckets: Placed<AtomicU32>,
     shards: [ShardLock; SHARDS],
     /// Head of the list of freed slots, with a counter above it that defeats ABA.
     free: AtomicU64,
@@ -107,16 +117,61 @@ pub struct Table<R> {
 impl<R: Record> Table<R> {
     /// A table for `capacity` records, with `buckets` chains to find them by (at least one).
     pub fn new(capacity: u32, buckets: u32) -> Option<Table<R>> {
-        let slots = usize::try_from(capacity).ok()?.checked_add(1)?;
+        Table::over(Placed::on_heap(Table::<R>::slots(capacity)?)?, buckets)
+    }
+
+    /// How many slots a table for `capacity` records has.
+    pub fn slots(capacity: u32) -> Option<usize> {
+        usize::try_from(capacity).ok()?.checked_add(1)
+    }
+
+    /// A table over these slots, with what is alive in them; it is in no chain yet, see [`Table::relink`].
+    pub fn over(slots: Placed<Slot<R>>, buckets: u32) -> Option<Table<R>> {
         let buckets = usize::try_from(buckets.max(1)).ok()?;
-        Some(Table {
-            slots: <[Slot<R>]>::new_box_zeroed_with_elems(slots).ok()?,
-            buckets: <[AtomicU32]>::new_box_zeroed_with_elems(buckets).ok()?,
+        let table = Table {
+            slots,
+            buckets: Placed::on_heap(buckets)?,
             shards: [const { ShardLock(SpinMutex::new(())) }; SHARDS],
             free: AtomicU64::new(0),
             fresh: AtomicU32::new(1),
             live: AtomicU32::new(0),
-        })
+        };
+        table.take_over();
+        Some(table)
+    }
+
+    fn take_over(&self) {
+        let used = self.slots.first().map_or(0, |s| s.chain.load(Relaxed));
+        let limit = u32::try_from(self.slots.len()).unwrap_or(u32::MAX);
+        let used = used.clamp(1, limit.max(1));
+        // The lowest free index is given out first.
+        for index in (1..used).rev() {
+            let Some(slot) = self.slot(index) else {
+                continue;
+            };
+            let state = slot.state.load(Relaxed);
+            slot.chain.store(0, Relaxed);
+            if state & LIVE != 0 {
+                slot.state.store(state & (GENERATION | LIVE), Relaxed);
+                self.live.fetch_add(1, Relaxed);
+            } else {
+                let next = (state & GENERATION).wrapping_add(1 << GENERATION_SHIFT);
+                slot.state.store(next, Relaxed);
+                self.push_free(index);
+            }
+        }
+        self.fresh.store(used, Release);
+    }
+
+    /// Puts every live record for which `hash` has an answer into the chain of that hash.
+    pub fn relink(&self, mut hash: impl FnMut(&R) -> Option<u64>) {
+        for index in self.indexes() {
+            if let Some(pin) = self.pin_index(index)
+                && let Some(hash) = hash(pin.record())
+            {
+                self.lock(hash).link(&pin);
+            }
+        }
     }
 
     /// How many records are alive.
@@ -130,20 +185,23 @@ impl<R: Record> Table<R> {
 
     /// Takes a slot that nobody else knows of, to be filled and published; `None` when the table is full.
     pub fn reserve(&self) -> Option<Vacant<'_, R>> {
-        let index = self.pop_free().or_else(|| {
-            let limit = self.slots.len();
-            self.fresh
-                .try_update(AcqRel, Relaxed, |n| {
-                    ((n as usize) < limit).then(|| n.wrapping_add(1))
-                })
-                .ok()
-        })?;
+        let index = self.pop_free().or_else(|| self.take_fresh())?;
         let slot = self.slot(index)?;
         Some(Vacant {
             table: self,
             slot,
             index,
         })
+    }
+
+    fn take_fresh(&self) -> Option<u32> {
+        let limit = self.slots.len();
+        let more = |n: u32| ((n as usize) < limit).then(|| n.wrapping_add(1));
+        let index = self.fresh.try_update(AcqRel, Relaxed, more).ok()?;
+        // Before the slot can come alive, so that the process that comes after looks at it.
+        let used = &self.slots.first()?.chain;
+        used.fetch_max(index.wrapping_add(1), Relaxed);
+        Some(index)
     }
 
     fn pop_free(&self) -> Option<u32> {
@@ -325,6 +383,11 @@ pub struct Vacant<'a, R: Record> {
 }
 
 impl<'a, R: Record> Vacant<'a, R> {
+    /// Its index, which no live record has.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
     /// The record to fill; it may hold what its last owner left.
     pub fn record(&self) -> &'a R {
         &self.slot.record

@@ -3,6 +3,10 @@
 //! Owns what INIT negotiates and whether the device is mounted. Shared by the cores that serve the device's queues: the
 //! request path reads one atomic word, INIT and DESTROY exclude each other with a lock that nobody waits for. Never
 //! touches guest memory; [`crate::dispatch`] calls it.
+//!
+//! What a mount agreed on is noted in a record that may outlive the process, before the guest hears of it; a later process
+//! goes on with it ([`Session::resume`]). The record's first word says whether there is a mount, and is written last when
+//! one begins and first when it ends.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -22,6 +26,7 @@ use super::abi::{
 };
 use super::parse::{Init, InitWishes, Protocol};
 use crate::fsdev::{FsDev, Negotiated, Offer};
+use crate::recovery::placed::Placed;
 
 /// INIT flags whose promise this module, [`super::parse`] and [`crate::dispatch`] keep for every backend; granted to
 /// whoever asks.
@@ -73,6 +78,8 @@ pub struct Session {
     word: AtomicU64,
     /// What the mount agreed on; held while a mount begins or ends.
     mount: spin::Mutex<Option<Negotiated>>,
+    /// What a later process needs to know of it.
+    record: Option<Placed<AtomicU64>>,
 }
 
 /// The session's state as the request path reads it.
@@ -127,6 +134,58 @@ impl Session {
             platform,
             ..Session::default()
         }
+    }
+
+    /// Words of a record.
+    pub const RECORD: usize = 3;
+
+    /// As [`Session::new`], with a record of [`Session::RECORD`] words.
+    pub fn recorded(platform: Platform, record: Option<Placed<AtomicU64>>) -> Session {
+        Session {
+            platform,
+            record,
+            ..Session::default()
+        }
+    }
+
+    /// Goes on with the mount that the record tells of, if there is one. Called before any request.
+    pub fn resume<F: FsDev>(&self, fs: &F) {
+        let Some([mounted, flags, sizes]) = self.record.as_deref() else {
+            return;
+        };
+        let found = mounted.load(Ordering::Acquire);
+        if found & 1 == 0 {
+            return;
+        }
+        let [minor, max_write] = [0, 32].map(|at| sizes.load(Ordering::Relaxed) >> at);
+        let negotiated = Negotiated {
+            minor: minor as u32,
+            // Nothing that this version would not have agreed to.
+            flags: flags.load(Ordering::Relaxed) & (SESSION_FLAGS | BACKEND_FLAGS),
+            max_write: (max_write as u32).clamp(MIN_XFER_SIZE, MAX_DATA_BUFFER),
+        };
+        fs.resume(negotiated);
+        *self.mount.lock() = Some(negotiated);
+        self.publish(true, negotiated, (found >> 32) as u32);
+    }
+
+    fn note(&self, mounted: bool, negotiated: &Negotiated, epoch: u32) {
+        let Some([word, flags, sizes]) = self.record.as_deref() else {
+            return;
+        };
+        let count = u64::from(epoch) << 32;
+        word.store(count, Ordering::Release);
+        if mounted {
+            let size = u64::from(negotiated.minor) | u64::from(negotiated.max_write) << 32;
+            flags.store(negotiated.flags, Ordering::Release);
+            sizes.store(size, Ordering::Release);
+            word.store(count | 1, Ordering::Release);
+        }
+    }
+
+    /// Forgets what an earlier process has noted.
+    pub fn forget_record(&self) {
+        self.note(false, &Negotiated::default(), self.next_epoch());
     }
 
     /// The guest's architecture.
@@ -204,15 +263,28 @@ impl Session {
         Word::unpack(self.word.load(Ordering::Acquire))
     }
 
-    /// Publishes a new state; only under the lock.
+    /// Notes and publishes a new state; only under the lock.
     fn change(&self, mounted: bool, negotiated: Negotiated) {
+        let epoch = self.next_epoch();
+        self.note(mounted, &negotiated, epoch);
+        self.publish(mounted, negotiated, epoch);
+    }
+
+    /// Goes on with the count of an earlier process, so that no two mounts of a device have the same number.
+    fn next_epoch(&self) -> u32 {
+        let noted = self.record.as_deref().and_then(|record| record.first());
+        let noted = noted.map_or(0, |word| (word.load(Ordering::Relaxed) >> 32) as u32);
+        noted.max(self.load().epoch).wrapping_add(1)
+    }
+
+    fn publish(&self, mounted: bool, negotiated: Negotiated, epoch: u32) {
         let word = Word {
             mounted,
             protocol: Protocol {
                 minor: negotiated.minor,
                 flags: negotiated.flags & Protocol::FLAGS,
             },
-            epoch: self.load().epoch.wrapping_add(1),
+            epoch,
         };
         self.word.store(word.pack(), Ordering::Release);
     }

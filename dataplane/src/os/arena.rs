@@ -4,9 +4,10 @@
 
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::pool::{DATA_BUFFER_STRIDE, DataPool, Slab};
 
@@ -24,13 +25,31 @@ pub enum Pages {
     Normal,
 }
 
-/// Memory that lives as long as the process; parts of it are given away from the front.
+/// Memory whose parts are given away from the front. It lives as long as any of them.
 #[derive(Debug)]
 pub struct Arena {
-    base: NonNull<u8>,
-    len: usize,
+    mapping: Arc<Mapping>,
     used: usize,
     pages: Pages,
+}
+
+#[derive(Debug)]
+struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping itself is only unmapped; its bytes belong to the parts.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and the parts that lie in it hold a reference to it, so none is left.
+        let unmapped = unsafe { munmap(self.base.cast(), self.len) };
+        debug_assert!(unmapped.is_ok(), "munmap of an own mapping: {unmapped:?}");
+    }
 }
 
 impl Arena {
@@ -41,8 +60,7 @@ impl Arena {
             let flags = MapFlags::MAP_HUGETLB | MapFlags::MAP_HUGE_2MB;
             if let Ok(base) = map(len, flags) {
                 return Ok(Arena {
-                    base,
-                    len,
+                    mapping: Arc::new(Mapping { base, len }),
                     used: 0,
                     pages: Pages::Huge,
                 });
@@ -50,11 +68,15 @@ impl Arena {
         }
         let base = map(len, MapFlags::empty())?;
         Ok(Arena {
-            base,
-            len,
+            mapping: Arc::new(Mapping { base, len }),
             used: 0,
             pages: Pages::Normal,
         })
+    }
+
+    /// Its size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.mapping.len
     }
 
     /// Which pages it has.
@@ -74,11 +96,11 @@ impl Arena {
 
     fn take(&mut self, len: usize) -> Option<NonNull<u8>> {
         let end = self.used.checked_add(len)?.next_multiple_of(ALIGN);
-        if end > self.len {
+        if end > self.mapping.len {
             return None;
         }
         // SAFETY: `used` <= `len`, so the result lies inside (or at the end of) the mapping.
-        let base = unsafe { self.base.add(self.used) };
+        let base = unsafe { self.mapping.base.add(self.used) };
         self.used = end;
         Some(base)
     }
@@ -91,15 +113,17 @@ impl Arena {
             // SAFETY: `take` gave room for `count` elements, page-aligned, that nobody else uses.
             unsafe { base.add(i).write(make()) };
         }
-        // SAFETY: initialised just now; the mapping is never unmapped.
-        Some(unsafe { Slab::in_arena(base, count) })
+        let keeper = Arc::clone(&self.mapping);
+        // SAFETY: initialised just now; the mapping lives as long as the keeper.
+        Some(unsafe { Slab::in_arena(base, count, keeper) })
     }
 
     /// Places a pool of `count` data buffers; `None` when the arena is too small.
     pub fn pool(&mut self, count: u32) -> Option<DataPool> {
         let base = self.take(Self::room_for_pool(count))?;
-        // SAFETY: `take` gave that many bytes, zeroed by the kernel, to nobody else; the mapping is never unmapped.
-        Some(unsafe { DataPool::new(base, count) })
+        let keeper = Arc::clone(&self.mapping);
+        // SAFETY: `take` gave that many bytes, zeroed by the kernel, to nobody else; the mapping lives as long as the keeper.
+        Some(unsafe { DataPool::new(base, count, Some(keeper)) })
     }
 }
 

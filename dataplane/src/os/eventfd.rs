@@ -1,20 +1,30 @@
 //! Event counters: kicks, interrupts and wake-ups.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 
+use super::fdstore::{FdStore, Kept};
+
 /// A non-blocking event counter.
 #[derive(Debug)]
-pub struct EventFd(OwnedFd);
+pub struct EventFd {
+    fd: OwnedFd,
+    /// The service manager keeps it.
+    kept: OnceLock<Kept>,
+}
 
 impl EventFd {
     /// A new counter at 0.
     pub fn new() -> Result<EventFd, Errno> {
         let fd =
             NixEventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(EventFd(fd.into()))
+        Ok(EventFd {
+            fd: fd.into(),
+            kept: OnceLock::new(),
+        })
     }
 
     /// A counter that came from a peer. It need not be one: whatever it is, signalling and draining it cannot block, for
@@ -23,28 +33,55 @@ impl EventFd {
         use nix::fcntl::{FcntlArg, OFlag, fcntl};
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        Ok(EventFd(fd))
+        Ok(EventFd {
+            fd,
+            kept: OnceLock::new(),
+        })
+    }
+
+    /// Has it kept for a later process.
+    pub fn keep(&self, store: &Arc<FdStore>) {
+        if self.kept.get().is_none()
+            && let Some(kept) = store.keep(&self.fd)
+        {
+            // It was empty a moment ago, and only the management thread has counters kept.
+            let _ = self.kept.set(kept);
+        }
+    }
+
+    /// Takes over a counter that a former process has had kept.
+    pub fn adopt(number: u64, store: &Arc<FdStore>) -> Result<EventFd, Errno> {
+        let kept = store.adopt(number).ok_or(Errno::EBADF)?;
+        let fd = kept.as_fd().try_clone_to_owned();
+        let event = EventFd::from_peer(fd.map_err(|_| Errno::EMFILE)?)?;
+        let _ = event.kept.set(kept);
+        Ok(event)
+    }
+
+    /// The number under which it is kept.
+    pub fn number(&self) -> Option<u64> {
+        self.kept.get().map(Kept::number)
     }
 
     /// Adds one. A counter that is full is readable anyway, so an error changes nothing for the receiver.
     pub fn signal(&self) {
-        let _ = nix::unistd::write(&self.0, &1u64.to_ne_bytes());
+        let _ = nix::unistd::write(&self.fd, &1u64.to_ne_bytes());
     }
 
     /// Takes the count back to 0.
     pub fn drain(&self) {
-        let _ = nix::unistd::read(&self.0, &mut [0u8; 8]);
+        let _ = nix::unistd::read(&self.fd, &mut [0u8; 8]);
     }
 }
 
 impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
 impl AsRawFd for EventFd {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.fd.as_raw_fd()
     }
 }

@@ -63,6 +63,15 @@ impl Poller {
             .modify(fd, &mut EpollEvent::new(flags, token.to_raw()))
     }
 
+    /// Waits from now on for input that comes on top of what is there; what has come already is reported once more. For a
+    /// reader that leaves in the socket what it cannot use yet.
+    pub fn more(&self, fd: impl AsFd, token: Token, output: bool) -> Result<(), Errno> {
+        let mut flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        flags.set(EpollFlags::EPOLLOUT, output);
+        self.0
+            .modify(fd, &mut EpollEvent::new(flags, token.to_raw()))
+    }
+
     /// Forgets a file descriptor.
     pub fn remove(&self, fd: impl AsFd) -> Result<(), Errno> {
         self.0.delete(fd)

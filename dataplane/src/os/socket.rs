@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use ferry_shared::errno::Errno;
 use ferry_shared::msg::Failure;
 use nix::errno::Errno as SysErrno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
 
 /// Most descriptors that the kernel passes with one message (`SCM_MAX_FD`).
 const KERNEL_MAX_FDS: usize = 253;
@@ -65,11 +65,29 @@ impl Listener {
         })
     }
 
+    /// Goes on listening with a socket that a former process has bound to `path`. `None` if its file is not there any more:
+    /// nobody could connect.
+    pub fn adopt(socket: OwnedFd, path: &Path, file: (u64, u64)) -> Option<Listener> {
+        let socket = UnixListener::from(socket);
+        socket.set_nonblocking(true).ok()?;
+        let meta = std::fs::symlink_metadata(path).ok()?;
+        let there = meta.file_type().is_socket() && (meta.dev(), meta.ino()) == file;
+        there.then(|| Listener {
+            socket,
+            path: path.to_owned(),
+            file,
+        })
+    }
+
+    /// Device and inode of the socket's file.
+    pub fn file(&self) -> (u64, u64) {
+        self.file
+    }
+
     /// The next connection, if one waits.
     pub fn accept(&self) -> Option<Stream> {
         let (socket, _) = self.socket.accept().ok()?;
-        socket.set_nonblocking(true).ok()?;
-        Some(Stream(socket))
+        Stream::new(socket).ok()
     }
 
     /// Where it listens.
@@ -133,6 +151,53 @@ impl Stream {
         Ok(Stream(socket))
     }
 
+    /// Bytes that can be received.
+    pub fn available(&self) -> Result<usize, SysErrno> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the call writes one int.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+        SysErrno::result(done)?;
+        Ok(usize::try_from(bytes).unwrap_or(0))
+    }
+
+    /// Where the next [`Stream::peek`] begins, counted from the first byte that has not been received. Each one moves it on.
+    pub fn peek_from(&self, at: usize) -> Result<(), SysErrno> {
+        let at = libc::c_int::try_from(at).map_err(|_| SysErrno::EINVAL)?;
+        // SAFETY: the option is an int, which is read during the call.
+        let done = unsafe {
+            libc::setsockopt(
+                self.0.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEEK_OFF,
+                (&raw const at).cast(),
+                size_of_val(&at) as libc::socklen_t,
+            )
+        };
+        SysErrno::result(done).map(drop)
+    }
+
+    /// Bytes as [`Stream::peek`] sees them, without descriptors.
+    pub fn peek_bytes(&self, buf: &mut [u8]) -> Result<Received, SysErrno> {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(self.0.as_raw_fd(), buf, flags) {
+            Ok(0) | Err(SysErrno::ECONNRESET) => Ok(Received::Closed),
+            Ok(n) => Ok(Received::Bytes(n)),
+            Err(SysErrno::EAGAIN | SysErrno::EINTR) => Ok(Received::Nothing),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// As [`Stream::receive`], but leaves everything in the socket. Descriptors are seen with every byte of the send that they
+    /// came with, and also by a look that ends just before it.
+    pub fn peek(
+        &self,
+        buf: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        max_fds: usize,
+    ) -> Result<Received, SysErrno> {
+        self.read(buf, fds, max_fds, MsgFlags::MSG_PEEK)
+    }
+
     /// Receives up to `buf.len()` bytes. Descriptors that come with them are appended to `fds`; those past `max_fds` are
     /// closed, and the call fails with `EMSGSIZE`.
     pub fn receive(
@@ -141,9 +206,19 @@ impl Stream {
         fds: &mut Vec<OwnedFd>,
         max_fds: usize,
     ) -> Result<Received, SysErrno> {
+        self.read(buf, fds, max_fds, MsgFlags::empty())
+    }
+
+    fn read(
+        &self,
+        buf: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        max_fds: usize,
+        how: MsgFlags,
+    ) -> Result<Received, SysErrno> {
         let mut control = nix::cmsg_space!([RawFd; KERNEL_MAX_FDS]);
         let mut parts = [IoSliceMut::new(buf)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+        let flags = how | MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
         let message = match recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut control), flags)
         {
             Ok(message) => message,
@@ -286,6 +361,54 @@ mod tests {
         assert_eq!(fds.len(), 8);
         drop(a);
         assert_eq!(b.receive(&mut buf, &mut fds, 8), Ok(Received::Closed));
+    }
+
+    #[test]
+    fn what_was_peeked_at_is_still_there() {
+        let (a, b) = pair();
+        let event = EventFd::new().unwrap();
+        let mut buf = [0; 8];
+        let mut fds = Vec::new();
+        // Descriptors end a message of the kernel's, so this is seen in three looks.
+        a.send(b"ab", &[event.as_fd()]).unwrap();
+        a.send(b"cd", &[event.as_fd()]).unwrap();
+        a.send(b"ef", &[]).unwrap();
+        for _ in 0..2 {
+            assert_eq!(b.available(), Ok(6));
+            b.peek_from(0).unwrap();
+            fds.clear();
+            for (expected, n) in [(&b"ab"[..], 1), (b"cd", 2), (b"ef", 2)] {
+                assert_eq!(b.peek(&mut buf, &mut fds, 8), Ok(Received::Bytes(2)));
+                assert_eq!((&buf[..2], fds.len()), (expected, n));
+            }
+            assert_eq!(b.peek(&mut buf, &mut fds, 8), Ok(Received::Nothing));
+        }
+        // What is received is gone, its descriptors too.
+        assert_eq!(
+            b.receive(&mut buf[..2], &mut fds, 8),
+            Ok(Received::Bytes(2))
+        );
+        b.peek_from(0).unwrap();
+        assert_eq!(b.peek_bytes(&mut buf), Ok(Received::Bytes(2)));
+        assert_eq!(&buf[..2], b"cd");
+        drop(a);
+        b.peek_from(4).unwrap();
+        assert_eq!(b.peek(&mut buf, &mut fds, 8), Ok(Received::Closed));
+    }
+
+    #[test]
+    fn a_listener_is_adopted_while_its_file_is_there() {
+        let dir = Dir::new("adopt");
+        let path = dir.0.join("s");
+        let first = Listener::bind(&path).unwrap();
+        let fd = || first.as_fd().try_clone_to_owned().unwrap();
+        let waiting = UnixStream::connect(&path).unwrap();
+        let second = Listener::adopt(fd(), &path, first.file()).unwrap();
+        assert!(second.accept().is_some());
+        assert!(Listener::adopt(fd(), &path, (0, 0)).is_none());
+        drop((waiting, second));
+        assert!(!path.exists());
+        assert!(Listener::adopt(fd(), &path, first.file()).is_none());
     }
 
     #[test]

@@ -15,9 +15,10 @@ use io_uring::{IoUring, opcode, squeue};
 use crate::fsdev::IoOp;
 use crate::mem::IoVec;
 
-/// Submission queue entries; completions have room for twice as many operations as there are slots, and all watches.
+/// Submission queue entries.
 const ENTRIES: u32 = 512;
-const COMPLETIONS: u32 = 4096;
+/// Most completions that the kernel makes room for; what exceeds it waits in the kernel.
+const MAX_COMPLETIONS: u32 = 65_536;
 
 const KIND_SHIFT: u32 = 62;
 const KIND_SLOT: u64 = 0;
@@ -51,14 +52,17 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Makes a ring for the calling thread, which must be the only one to use it.
-    pub fn new() -> io::Result<Ring> {
+    /// Makes a ring for the calling thread, which must be the only one to use it. Completions have room for twice as many
+    /// operations as there are slots, and all watches.
+    pub fn new(slots: u32, watches: u32) -> io::Result<Ring> {
+        let completions = slots.saturating_mul(2).saturating_add(watches);
+        let completions = completions.min(MAX_COMPLETIONS).next_power_of_two();
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_coop_taskrun()
             .setup_taskrun_flag()
-            .setup_cqsize(COMPLETIONS)
+            .setup_cqsize(completions)
             .build(ENTRIES)?;
         Ok(Ring {
             ring,

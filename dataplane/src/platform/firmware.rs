@@ -238,18 +238,24 @@ impl Firmware {
         path: &Path,
         most_pf: impl Fn(&str) -> u32,
     ) -> Result<Option<Firmware>, PlatformError> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Firmware::parse(path, &text, most_pf).map(Some),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(PlatformError::Read {
+                what: "firmware settings",
+                path: path.display().to_string(),
+                error,
+            }),
+        }
+    }
+
+    /// Reads [`Firmware::text`]; `path` is what errors name.
+    pub fn parse(
+        path: &Path,
+        text: &str,
+        most_pf: impl Fn(&str) -> u32,
+    ) -> Result<Firmware, PlatformError> {
         let shown = || path.display().to_string();
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(PlatformError::Read {
-                    what: "firmware settings",
-                    path: shown(),
-                    error,
-                });
-            }
-        };
         let wrong = |place: String, problem: String| PlatformError::Content {
             what: "firmware settings",
             path: shown(),
@@ -291,10 +297,11 @@ impl Firmware {
             }
         }
         firmware.origin = firmware.origin.filter(|o| !o.store.as_os_str().is_empty());
-        Ok(Some(firmware))
+        Ok(firmware)
     }
 
-    fn text(&self) -> String {
+    /// What a file of these settings holds.
+    pub fn text(&self) -> String {
         let mut text = String::new();
         let mut line = |words: std::fmt::Arguments| {
             // Writing to a string cannot fail.

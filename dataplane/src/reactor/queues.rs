@@ -8,6 +8,7 @@
 use alloc::sync::Arc;
 
 use ferry_shared::errno::Errno;
+use ferry_shared::trace::Point;
 
 use super::{Backend, CoreDevice, Ending, Reactor, RunQueue, StartQueue, System};
 use crate::id::{CoreEvent, DeviceId, QueueIdx};
@@ -35,8 +36,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             // What was published before this start may not have been announced.
             sys.interrupt(call);
         }
+        let place = self.devices.iter().position(|d| d.id == start.device);
         let mut queue = RunQueue {
             device: start.device,
+            place: place.unwrap_or(usize::MAX),
             index: start.index,
             kind: start.kind,
             queue: start.queue,
@@ -47,9 +50,22 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             dirty: false,
         };
         queue.queue.disable_kicks();
-        match self.queues.iter_mut().find(|q| q.is_none()) {
-            Some(place) => *place = Some(queue),
-            None => self.queues.push(Some(queue)),
+        let at = match self.queues.iter().position(Option::is_none) {
+            Some(at) => at,
+            None => {
+                self.queues.push(None);
+                self.queues.len().saturating_sub(1)
+            }
+        };
+        if let Some(free) = self.queues.get_mut(at) {
+            *free = Some(queue);
+        }
+        if let Some(counters) = &self.count_in {
+            counters.queue_placed(at, &start.place);
+        }
+        if let Ok(at) = u32::try_from(at) {
+            let thread = u64::from(start.place.thread);
+            self.trace(Point::QueueStarted, at, [thread, 0], sys);
         }
     }
 
@@ -166,6 +182,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             && let Some(call) = &q.call
         {
             sys.interrupt(call);
+            self.trace(Point::Interrupt, at, [0; 2], sys);
         }
     }
 
@@ -239,6 +256,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         if !reset {
             self.publish(at, sys);
         }
+        self.trace(Point::QueueStopped, at, [0; 2], sys);
+        if let Some(counters) = &self.count_in {
+            counters.queue_gone(at as usize);
+        }
         let Some(mut q) = self.queues.get_mut(at as usize).and_then(Option::take) else {
             return;
         };
@@ -256,6 +277,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 sys.report(CoreEvent::MemoryReplaced { device });
             }
             self.devices.retain(|d| d.id != device);
+            for q in self.queues.iter_mut().flatten() {
+                let place = self.devices.iter().position(|d| d.id == q.device);
+                q.place = place.unwrap_or(usize::MAX);
+            }
         }
         sys.report(CoreEvent::QueueStopped {
             device,

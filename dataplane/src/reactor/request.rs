@@ -12,6 +12,7 @@ use core::ptr::NonNull;
 use ferry_shared::counters::{CoreCounters, Finished};
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_DATA_BUFFER, SLOT_INPUT, SLOT_OUTPUT};
+use ferry_shared::trace::Point;
 
 use super::world::{HeldMap, Run};
 use super::{BUDGET, Backend, Ending, Job, Reactor, System};
@@ -35,6 +36,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             return;
         };
         self.touches(at, false);
+        self.trace_slot(Point::OffloadDone, slot, 0, sys);
         self.finish(slot, outcome, sys);
         self.settle(at, sys);
     }
@@ -48,6 +50,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let again = meta.transfer.as_mut().is_some_and(|t| t.advance(result));
         let total = meta.transfer.map_or(result, |t| t.total(result));
         self.touches(at, false);
+        self.trace_slot(Point::IoDone, slot, result as u32 as u64, sys);
         let discard = self.meta(slot).is_some_and(|m| m.discard);
         if again && !discard {
             self.submit(slot, sys);
@@ -59,7 +62,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
 
     /// Takes requests from a queue.
     pub(super) fn serve(&mut self, at: u32, sys: &mut S) -> bool {
-        let mut worked = false;
+        let mut taken = 0u64;
         for _ in 0..BUDGET {
             let Some(q) = self.queues.get_mut(at as usize).and_then(Option::as_mut) else {
                 break;
@@ -68,12 +71,12 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             {
                 break;
             }
-            if self
-                .devices
-                .iter()
-                .any(|d| d.id == q.device && d.next_map.is_some())
-            {
+            let device = self.devices.get(q.place);
+            if device.is_some_and(|d| d.next_map.is_some()) {
                 break;
+            }
+            if taken == 0 {
+                self.clock = sys.now();
             }
             let Some(slot) = self.free.pop() else {
                 self.counters.slot_waits = self.counters.slot_waits.wrapping_add(1);
@@ -87,13 +90,14 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             match q.queue.pop(chain) {
                 Ok(Some(popped)) => {
                     q.in_flight = q.in_flight.saturating_add(1);
-                    worked = true;
+                    taken = taken.wrapping_add(1);
                     self.counters.requests = self.counters.requests.wrapping_add(1);
                     if let Some(meta) = self.slots.get_mut(slot as usize) {
                         meta.queue = at;
-                        meta.began = sys.now();
+                        meta.began = self.clock;
                         meta.head = Some(popped.head);
                     }
+                    self.trace(Point::RequestTaken, at, [u64::from(slot), 0], sys);
                     self.take_in(slot, popped.fault.is_some(), sys);
                 }
                 Ok(None) => {
@@ -108,7 +112,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 }
             }
         }
-        worked
+        if let (Some(counters), 1..) = (&self.count_in, taken) {
+            counters.queue_served(at as usize, taken);
+        }
+        taken > 0
     }
 
     /// Copies a request in and gets its buffers.
@@ -215,19 +222,13 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         // SAFETY: the slot is the core's; nobody else writes its input.
         let input = unsafe { run.input.as_ref() };
         let opcode = dispatch::opcode(input);
+        self.trace_slot(Point::FuseStart, slot, u64::from(opcode), sys);
         let Some(meta) = self.slots.get_mut(slot as usize) else {
             return;
         };
         let at = meta.queue;
-        let Some(device) = self
-            .queues
-            .get(at as usize)
-            .and_then(Option::as_ref)
-            .map(|q| q.device)
-        else {
-            return;
-        };
-        let Some(device) = self.devices.iter_mut().find(|d| d.id == device) else {
+        let queue = self.queues.get(at as usize).and_then(Option::as_ref);
+        let Some(device) = queue.and_then(|q| self.devices.get_mut(q.place)) else {
             return;
         };
         device.refresh();
@@ -240,10 +241,11 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 backend: device.backend.clone(),
             };
             self.touches(at, true);
+            self.trace_slot(Point::Offload, slot, 0, sys);
             return sys.offload(slot, job);
         }
         // SAFETY: the slot is the core's and stays so until this returns; the queue holds the map.
-        let outcome = unsafe { run.execute(device.backend.as_deref(), &device.shared.session) };
+        let outcome = unsafe { run.execute(device.backend.as_deref(), &device.shared) };
         self.finish(slot, outcome, sys);
     }
 
@@ -285,10 +287,14 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let at = meta.queue;
         if self.early_interrupts.iter().any(|&e| e == (device, unique)) {
             self.early_interrupts.retain(|&e| e != (device, unique));
-            return self.give_up_wait(slot, device, unique, sys);
+            return self.give_up_wait(slot, device, unique, Errno::EINTR, sys);
         }
         if self.queue_mut(at).is_some_and(|q| q.ending != Ending::Runs) {
             return self.give_back(slot, sys);
+        }
+        // The one who is to unlock needs a slot too, and so do the other devices of this core.
+        if self.waiting.len() >= self.slots.len() / 2 {
+            return self.give_up_wait(slot, device, unique, Errno::ENOLCK, sys);
         }
         self.waiting.push(slot);
     }
@@ -313,6 +319,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         if accepted {
             meta.stage = Stage::Submitted;
             self.touches(at, true);
+            self.trace_slot(Point::IoSubmit, slot, 0, sys);
         } else {
             meta.stage = Stage::Unsubmitted;
             self.unsubmitted.push_back(slot);
@@ -328,11 +335,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let Some(transfer) = meta.transfer.take() else {
             return;
         };
-        let discard = meta.discard;
-        let Some(device) = self
-            .device_of(slot)
-            .and_then(|id| self.devices.iter().find(|d| d.id == id))
-        else {
+        let (discard, at) = (meta.discard, meta.queue);
+        let queue = self.queues.get(at as usize).and_then(Option::as_ref);
+        let Some(device) = queue.and_then(|q| self.devices.get(q.place)) else {
             return;
         };
         // SAFETY: the slot is the core's again; chain and input are not written meanwhile.
@@ -368,6 +373,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         if let (Some(counters), Some(written)) = (self.count_in, written) {
             self.count(slot, written, &counters, sys);
         }
+        if self.trace.is_some() {
+            self.trace_release(slot, written, sys);
+        }
         let Some((at, head, discard)) = self.free_slot(slot) else {
             return;
         };
@@ -384,11 +392,30 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         self.check_stopped(at, sys);
     }
 
+    /// Traces a request that is answered, or dropped.
+    fn trace_release(&self, slot: u32, written: Option<u32>, sys: &S) {
+        let on = |point| self.trace.as_ref().is_some_and(|trace| trace.on(point));
+        if on(Point::FuseDone)
+            && let Some(meta) = self.slots.get(slot as usize)
+        {
+            let ns = sys.now().saturating_sub(meta.began);
+            self.trace_slot(Point::FuseDone, slot, ns, sys);
+        }
+        self.trace_slot(
+            Point::RequestReturned,
+            slot,
+            written.map_or(0, u64::from),
+            sys,
+        );
+    }
+
     /// Counts a request that is answered with so many bytes.
-    fn count(&self, slot: u32, written: u32, counters: &CoreCounters, sys: &S) {
+    fn count(&mut self, slot: u32, written: u32, counters: &CoreCounters, sys: &S) {
         let Some(device) = self.device_of(slot).filter(|id| counters.counts(id.0)) else {
             return;
         };
+        // What is taken from a queue next begins now: that spares every other look at the clock.
+        self.clock = sys.now();
         let (Some(run), Some(meta)) = (self.locate(slot), self.slots.get(slot as usize)) else {
             return;
         };
@@ -407,7 +434,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let mut request = Finished {
             opcode,
             error: !ok && written != 0,
-            ns: sys.now().saturating_sub(meta.began),
+            ns: self.clock.saturating_sub(meta.began),
             ..Finished::default()
         };
         if ok && opcode == FUSE_READ {
@@ -499,12 +526,14 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             SLOT_INPUT
         };
         let input = NonNull::slice_from_raw_parts(input, (meta.input_len as usize).min(limit));
-        let map = NonNull::from(&**self.queues.get(meta.queue as usize)?.as_ref()?.queue.map());
+        let queue = self.queues.get(meta.queue as usize)?.as_ref()?;
+        let head = meta.head.as_ref().map_or(u16::MAX, Head::id);
         Some(Run {
             body,
-            map,
+            map: NonNull::from(&**queue.queue.map()),
             input,
             scratch,
+            place: (queue.index.0, head),
         })
     }
 
@@ -549,7 +578,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         match found {
             Some(slot) => {
                 self.waiting.retain(|&s| s != slot);
-                self.give_up_wait(slot, device, unique, sys);
+                self.give_up_wait(slot, device, unique, Errno::EINTR, sys);
             }
             None => {
                 if self.early_interrupts.is_full() {
@@ -561,12 +590,19 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
     }
 
     /// Ends a request that waited for a lock, without the lock.
-    fn give_up_wait(&mut self, slot: u32, device: DeviceId, unique: u64, sys: &mut S) {
+    fn give_up_wait(
+        &mut self,
+        slot: u32,
+        device: DeviceId,
+        unique: u64,
+        errno: Errno,
+        sys: &mut S,
+    ) {
         let device = self.devices.iter().find(|d| d.id == device);
         if let Some(backend) = device.and_then(|d| d.backend.as_ref()) {
             backend.wait_ended(unique);
         }
-        self.fail(slot, Errno::EINTR, sys);
+        self.fail(slot, errno, sys);
     }
 
     /// Tries waiting locks again although no local release was seen; for locks that other processes hold.

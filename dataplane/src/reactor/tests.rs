@@ -24,6 +24,7 @@ use crate::mem::{IoVec, Segments};
 use crate::pool::DATA_BUFFER_STRIDE;
 use crate::virtio::queue::QueueState;
 use crate::virtio::testmem::{Buf, Driver, Ram};
+use ferry_shared::counters::QueuePlace;
 
 const DEVICE: DeviceId = DeviceId(7);
 const QUEUE: QueueIdx = QueueIdx(1);
@@ -140,7 +141,7 @@ impl Rig {
     fn new(slots: u32, buffers: u32) -> Rig {
         let memory = Box::leak(vec![0u8; buffers as usize * DATA_BUFFER_STRIDE].into_boxed_slice());
         // SAFETY: the leaked box has room for `buffers` buffers, and nothing else refers to it.
-        let pool = unsafe { DataPool::new(NonNull::from(memory).cast(), buffers) };
+        let pool = unsafe { DataPool::new(NonNull::from(memory).cast(), buffers, None) };
         let mut core = Reactor::new(Slab::on_heap((0..slots).map(|_| SlotBody::new())), pool, 4);
         let driver = Driver::new(Ram::simple(), 32, false, false);
         let model = Arc::new(Model::default());
@@ -251,6 +252,7 @@ fn start(driver: &Driver, shared: &Arc<DeviceShared<Model>>) -> StartQueue<Model
         queue,
         call: Some(()),
         shared: Arc::clone(shared),
+        place: QueuePlace::default(),
     }
 }
 

@@ -15,6 +15,7 @@ use crate::fsdev::{FsDev, IoOp, Pin};
 use crate::fuse::session::Session;
 use crate::id::{CoreEvent, DeviceId};
 use crate::mem::{GuestMap, IoVec, Segments};
+use crate::recovery::journal::Lines;
 use crate::slot::SlotBody;
 
 /// What a core serves: the backends' enum in the data plane, one backend in tests.
@@ -65,6 +66,8 @@ impl<F: FsDev + 'static> Backend for F {
 pub struct DeviceShared<B> {
     /// The FUSE session.
     pub session: Session,
+    /// Where requests note what they do.
+    lines: Option<Lines>,
     backend: spin::RwLock<Option<Arc<B>>>,
     pub(super) epoch: AtomicU32,
 }
@@ -74,9 +77,15 @@ impl<B> DeviceShared<B> {
     pub fn new(session: Session, backend: Option<Arc<B>>) -> DeviceShared<B> {
         DeviceShared {
             session,
+            lines: None,
             backend: spin::RwLock::new(backend),
             epoch: AtomicU32::new(1),
         }
+    }
+
+    /// The same device, whose requests note what they do in these lines.
+    pub fn noting(self, lines: Option<Lines>) -> DeviceShared<B> {
+        DeviceShared { lines, ..self }
     }
 
     /// Replaces the backend; only while no session is mounted.
@@ -134,10 +143,7 @@ impl<B: Backend> Job<B> {
     /// Runs the request.
     pub fn run(self) -> Outcome {
         // SAFETY: the job is the only user of the slot until its outcome is handed back, see `Reactor::run`.
-        unsafe {
-            self.run
-                .execute(self.backend.as_deref(), &self.shared.session)
-        }
+        unsafe { self.run.execute(self.backend.as_deref(), &self.shared) }
     }
 }
 
@@ -148,6 +154,8 @@ pub(super) struct Run {
     pub(super) map: NonNull<GuestMap>,
     pub(super) input: NonNull<[u8]>,
     pub(super) scratch: NonNull<[u8]>,
+    /// Queue and head, which say where the request's notes are.
+    pub(super) place: (u16, u16),
 }
 
 impl Run {
@@ -160,7 +168,7 @@ impl Run {
     pub(super) unsafe fn execute<B: Backend>(
         self,
         backend: Option<&B>,
-        session: &Session,
+        shared: &DeviceShared<B>,
     ) -> Outcome {
         // SAFETY: exclusive by the contract; only the chain is borrowed from the body, and only shared, so that it does not
         // overlap `input` and `scratch`, which lie in other fields or in buffers.
@@ -174,7 +182,12 @@ impl Run {
             data: chain.readable(map).after(input.len()),
             reply: chain.writable(map),
             scratch,
+            line: shared.lines.as_ref().and_then(|lines| {
+                let (queue, head) = self.place;
+                lines.line(queue, head)
+            }),
         };
+        let session = &shared.session;
         match backend {
             Some(backend) => backend.execute(session, rq),
             None => dispatch::execute::<Null>(None, session, rq),

@@ -15,6 +15,7 @@
 //! The memory comes back from the fd store, so it was ours; but it may be a newer version's, or damaged. It is checked as if
 //! it were hostile before anything is taken from it, and refused as a whole when it does not hold together.
 
+pub mod journal;
 pub mod placed;
 
 #[cfg(feature = "std")]

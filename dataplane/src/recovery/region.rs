@@ -35,6 +35,7 @@ const AT_MAGIC: usize = 0;
 const AT_VERSION: usize = 1;
 const AT_LAYOUT: usize = 2;
 const AT_GENERATION: usize = 3;
+const AT_SERIAL: usize = 4;
 
 /// Areas at a time.
 const ENTRIES: usize = 4096;
@@ -319,6 +320,14 @@ impl Region {
         &mut self.cells
     }
 
+    /// A number that this has never given before, for names.
+    pub fn next_serial(&self) -> u64 {
+        let head = &self.inner.head;
+        let serial = head.load(AT_SERIAL).wrapping_add(1);
+        head.store(AT_SERIAL, serial);
+        serial
+    }
+
     /// The names of all areas.
     pub fn areas(&self) -> Vec<String> {
         self.inner.directory().areas.keys().cloned().collect()
@@ -558,9 +567,16 @@ impl Area {
         self.len() == 0
     }
 
-    /// `count` records at byte `at`. Any bytes are valid records, because they may come from another process; sharing the
-    /// same bytes between records with and without interior mutability is up to the caller's types, all of which are atomics.
-    pub fn place<T: Shared>(&self, at: u64, count: usize) -> Result<Placed<T>, RegionError> {
+    /// `count` records at byte `at`.
+    ///
+    /// # Safety
+    ///
+    /// Every field of `T` that is ever written is an atomic, and no other type is placed over the same bytes.
+    pub unsafe fn place<T: FromBytes + Sync>(
+        &self,
+        at: u64,
+        count: usize,
+    ) -> Result<Placed<T>, RegionError> {
         let need = (size_of::<T>() as u64).saturating_mul(count as u64);
         let records = usize::try_from(at)
             .ok()
@@ -572,9 +588,19 @@ impl Area {
                 need,
             })?;
         let keep: Keep = Arc::clone(&self.0) as Keep;
-        // SAFETY: inside the mapping and aligned, see `records`; any bytes are valid and only atomics change them, by the
-        // contract of `Shared`; the mapping is kept.
+        // SAFETY: inside the mapping and aligned, see `records`; any bytes are valid (`FromBytes`) and only atomics change
+        // them, by the contract; the mapping is kept.
         Ok(unsafe { Placed::new(records, keep) })
+    }
+
+    /// `count` words at byte `at`.
+    ///
+    /// # Errors
+    ///
+    /// Unless they lie inside. Whoever calls this places nothing else over them.
+    pub fn words(&self, at: u64, count: usize) -> Result<Placed<AtomicU64>, RegionError> {
+        // SAFETY: words are atomics, and every area has one user, whose layout says where its words are.
+        unsafe { self.place(at, count) }
     }
 
     /// Gives the area up: it goes when the last [`Placed`] and clone of it are gone.
@@ -582,18 +608,6 @@ impl Area {
         self.0.discarded.store(true, Ordering::Relaxed);
     }
 }
-
-/// Records that may lie in an area.
-///
-/// # Safety
-///
-/// Every field that is ever written is an atomic, so that two views of the same bytes do no harm.
-pub unsafe trait Shared: FromBytes + Sync {}
-
-// SAFETY: an atomic.
-unsafe impl Shared for AtomicU64 {}
-// SAFETY: an array of what may be shared.
-unsafe impl<T: Shared, const N: usize> Shared for [T; N] where [T; N]: FromBytes {}
 
 #[cfg(test)]
 mod tests;

@@ -9,12 +9,47 @@ use ferry_shared::errno::Errno;
 use ferry_shared::msg::{Attach, Event, Failure, Function, PlugState};
 
 use super::{Device, Service, refuse};
+use crate::keeper::Keeper;
 use crate::platform::{EmulatedFunction, no_function};
 
 /// The ports that have a function: manager and number.
 pub(super) type Ports = BTreeSet<(String, u16)>;
 
+/// Where it is kept for a later process that a function exists; the value is the name of its manager.
+fn function_key(vuid: &str) -> String {
+    format!("function/{vuid}")
+}
+
+/// Whether a client may come to a function in this state.
+pub(super) fn is_offered(state: PlugState) -> bool {
+    match state {
+        PlugState::PlugInProgress | PlugState::PowerOn => true,
+        PlugState::PowerOff | PlugState::UnplugInProgress => false,
+    }
+}
+
 impl Service {
+    /// Brings back the functions that a former process has left.
+    pub(super) fn restore_ports(&mut self) {
+        for vuid in self.keeper.keys("function/") {
+            let manager: Option<String> = self.keeper.load(&function_key(&vuid));
+            let manager = manager.unwrap_or_default();
+            match self.platform.find(&manager, &vuid).map(|f| f.port) {
+                Ok(Some(port)) => {
+                    self.ports.insert((manager, port));
+                }
+                _ => {
+                    tracing::error!(
+                        manager,
+                        vuid,
+                        "the platform has no port any more for a function of the former process; it is gone"
+                    );
+                    self.keeper.forget(&function_key(&vuid));
+                }
+            }
+        }
+    }
+
     /// A function that exists.
     pub(super) fn place(&self, manager: &str, vuid: &str) -> Result<&EmulatedFunction, Failure> {
         let function = self.platform.find(manager, vuid)?;
@@ -81,6 +116,8 @@ impl Service {
         };
         let described = function.describe(manager, PlugState::PowerOff, &self.run_dir);
         self.ports.insert((manager.to_owned(), port));
+        self.keeper
+            .save(&function_key(&described.vuid), &described.manager);
         tracing::info!(manager, vuid = described.vuid, "function created");
         Ok(described)
     }
@@ -99,6 +136,7 @@ impl Service {
             );
         }
         self.ports.remove(&(manager.to_owned(), port));
+        self.keeper.forget(&function_key(vuid));
         tracing::info!(manager, vuid, "function destroyed");
         Ok(())
     }
@@ -134,7 +172,7 @@ impl Service {
             if let Some(function) = device.transport.function() {
                 function.listen(&socket)?;
             }
-            device.set_plug(PlugState::PlugInProgress, &mut self.events);
+            device.set_plug(PlugState::PlugInProgress, &self.keeper, &mut self.events);
         }
         Ok(())
     }
@@ -145,7 +183,7 @@ impl Service {
         }
         let index = self.devices.iter().position(|d| d.spec.name == name);
         if let Some(device) = index.and_then(|i| self.devices.get_mut(i)) {
-            device.set_plug(PlugState::UnplugInProgress, &mut self.events);
+            device.set_plug(PlugState::UnplugInProgress, &self.keeper, &mut self.events);
             if let Some(function) = device.transport.function() {
                 // Nobody new may come while the host lets go.
                 function.withdraw();
@@ -159,14 +197,15 @@ impl Service {
 }
 
 impl Device {
-    pub(super) fn set_plug(&mut self, state: PlugState, events: &mut Vec<Event>) {
-        let Attach::Doca { manager, vuid } = &self.spec.attach else {
-            return;
-        };
+    pub(super) fn set_plug(&mut self, state: PlugState, keeper: &Keeper, events: &mut Vec<Event>) {
         if self.plug == state {
             return;
         }
         self.plug = state;
+        self.save(keeper);
+        let Attach::Doca { manager, vuid } = &self.spec.attach else {
+            return;
+        };
         tracing::info!(
             device = self.spec.name,
             vuid,
@@ -182,7 +221,7 @@ impl Device {
 
     /// Goes on with what the host has done about the function. A host that leaves without having been asked is gone,
     /// together with the machine that the function was plugged into.
-    pub(super) fn follow_plug(&mut self, events: &mut Vec<Event>) {
+    pub(super) fn follow_plug(&mut self, keeper: &Keeper, events: &mut Vec<Event>) {
         if !self.hot {
             return;
         }
@@ -197,6 +236,6 @@ impl Device {
             }
             state => state,
         };
-        self.set_plug(next, events);
+        self.set_plug(next, keeper, events);
     }
 }

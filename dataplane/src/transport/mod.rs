@@ -6,8 +6,12 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
+pub(crate) mod link;
 pub(crate) mod log_gate;
+pub(crate) mod requests;
 pub mod running;
+pub(crate) mod saver;
+pub(crate) mod staged;
 pub mod vfio_user;
 pub mod vhost_user;
 
@@ -18,7 +22,8 @@ use ferry_shared::msg::{DeviceSpec, Failure};
 
 use self::vfio_user::VfioUser;
 use self::vhost_user::VhostUser;
-use crate::engine::{CoreEvent, Cores, DeviceId};
+use crate::engine::{CoreEvent, Cores, DeviceId, QueueIdx};
+use crate::keeper::Keeper;
 use crate::os::poller::Poller;
 use crate::platform::EmulatedFunction;
 
@@ -38,21 +43,40 @@ impl Transport {
         id: DeviceId,
         socket: &Path,
         poller: Arc<Poller>,
+        keeper: &Keeper,
     ) -> Result<Transport, Failure> {
-        let device = VhostUser::open(spec, id, socket, poller)?;
+        let device = VhostUser::open(spec, id, socket, poller, keeper)?;
         Ok(Transport::VhostUser(Box::new(device)))
     }
 
-    /// Listens on the vfio-user socket of a static function of the platform; one on a hot-plug port waits to be plugged.
+    /// Makes a function of the platform, and listens on its vfio-user socket if it is offered to the host.
     pub fn open_vfio_user(
         spec: &DeviceSpec,
         id: DeviceId,
         place: &EmulatedFunction,
         socket: &Path,
+        offered: bool,
         poller: Arc<Poller>,
+        keeper: &Keeper,
     ) -> Result<Transport, Failure> {
-        let device = VfioUser::open(spec, id, place, socket, poller)?;
+        let device = VfioUser::open(spec, id, place, socket, offered, poller, keeper)?;
         Ok(Transport::VfioUser(Box::new(device)))
+    }
+
+    /// Goes on with what a former process has left of the device. To be called once the cores know the device.
+    pub fn adopt(&mut self, cores: &mut dyn Cores) {
+        match self {
+            Transport::VhostUser(device) => device.adopt(cores),
+            Transport::VfioUser(device) => device.adopt(cores),
+        }
+    }
+
+    /// Drops the device, and what is kept of it for a later process.
+    pub fn forget(self) {
+        match self {
+            Transport::VhostUser(device) => device.forget(),
+            Transport::VfioUser(device) => device.forget(),
+        }
     }
 
     /// Something is ready that the transport has added to the poller as `local`.
@@ -84,6 +108,22 @@ impl Transport {
         match self {
             Transport::VhostUser(device) => device.resume(cores),
             Transport::VfioUser(device) => device.resume(cores),
+        }
+    }
+
+    /// Stops a running queue where it stands and starts it again, for the cores to place it anew.
+    pub fn start_again(&mut self, index: QueueIdx, cores: &mut dyn Cores) {
+        match self {
+            Transport::VhostUser(device) => device.start_again(index, cores),
+            Transport::VfioUser(device) => device.start_again(index, cores),
+        }
+    }
+
+    /// The PCIe configuration space that the driver sees, if there is one.
+    pub fn pci_config(&self) -> Option<[u8; 256]> {
+        match self {
+            Transport::VhostUser(_) => None,
+            Transport::VfioUser(device) => Some(device.pci_config()),
         }
     }
 

@@ -227,6 +227,16 @@ impl RunningQueues {
         self.maps_pending == 0 && self.slots.iter().all(|s| s.run == Run::Stopped)
     }
 
+    /// Stops a running queue where it stands and starts it again, for the cores to place it anew.
+    pub fn start_again(&mut self, index: QueueIdx, cores: &mut dyn Cores) {
+        let device = self.device;
+        let slot = self.slots.get_mut(usize::from(index.0));
+        if let Some(slot) = slot.filter(|slot| slot.run == Run::Running) {
+            slot.run = Run::Stopping;
+            cores.stop_queue(device, index);
+        }
+    }
+
     /// Stops all queues where they are; what the driver wants is remembered. [`is_paused`](Self::is_paused) tells when.
     pub fn pause(&mut self, cores: &mut dyn Cores) {
         self.paused = true;

@@ -8,7 +8,7 @@ use alloc::sync::Arc;
 use core::ptr::NonNull;
 use core::sync::atomic::Ordering;
 
-use crate::mem::{Fault, GuestMap, Iova, atomic_u16, atomic_u32, copy_in, copy_out};
+use crate::mem::{Fault, GuestMap, Iova, atomic_u16, atomic_u32, copy_in, copy_out, prefetch};
 
 /// A contiguous, mapped stretch of guest memory.
 #[derive(Clone, Debug)]
@@ -57,6 +57,13 @@ impl Area {
             copy_in(host, &mut out);
         }
         out
+    }
+
+    /// Has the processor fetch what is at `offset`, for a [`read`](Self::read) to come.
+    pub(crate) fn prefetch(&self, offset: usize) {
+        if let Some(host) = self.at(offset, 1, 1) {
+            prefetch(host);
+        }
     }
 
     /// Copies bytes out, if they lie inside.

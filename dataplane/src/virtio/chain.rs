@@ -13,6 +13,7 @@ use alloc::vec;
 use core::ptr::NonNull;
 
 use ferry_shared::limits::MAX_CHAIN;
+use serde::{Deserialize, Serialize};
 
 use super::queue::QueueError;
 use super::spec::DESC_SIZE;
@@ -22,7 +23,7 @@ use crate::mem::{Fault, GuestMap, IoVec, Iova, Segments, copy_in};
 pub const MAX_PIECES: usize = MAX_CHAIN + 64;
 
 /// One buffer as a descriptor names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Range {
     /// First guest address.
     pub iova: Iova,

@@ -5,7 +5,9 @@
 
 use alloc::boxed::Box;
 use alloc::vec;
+use alloc::vec::Vec;
 
+use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use ferry_shared::limits::MAX_RING_SIZE;
@@ -90,6 +92,15 @@ pub enum SettingError {
     },
 }
 
+/// What the driver has set, as it is kept for a later process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceModelV1 {
+    accepted: u64,
+    status: u8,
+    /// Size, descriptor, driver and device area, and whether it is enabled.
+    queues: Vec<(u16, u64, u64, u64, bool)>,
+}
+
 /// A virtio-fs device.
 #[derive(Debug)]
 pub struct DeviceModel {
@@ -146,6 +157,66 @@ impl DeviceModel {
         *accepted = Features::empty();
         *status = Status::empty();
         queues.fill(QueueSettings::fresh(*max_queue_size));
+    }
+
+    /// What the driver has set.
+    pub fn saved(&self) -> DeviceModelV1 {
+        let queue = |q: &QueueSettings| {
+            let QueueSettings {
+                size,
+                desc,
+                avail,
+                used,
+                enabled,
+            } = *q;
+            (size, desc.0, avail.0, used.0, enabled)
+        };
+        let DeviceModel {
+            config: _,
+            offered: _,
+            max_queue_size: _,
+            accepted,
+            status,
+            queues,
+        } = self;
+        DeviceModelV1 {
+            accepted: accepted.bits(),
+            status: status.bits(),
+            queues: queues.iter().map(queue).collect(),
+        }
+    }
+
+    /// Takes back what a driver had set when a former process served it; `false`, and nothing changed, if this device
+    /// cannot have been set like that.
+    pub fn restore(&mut self, saved: &DeviceModelV1) -> bool {
+        let DeviceModelV1 {
+            accepted,
+            status,
+            queues,
+        } = saved;
+        let status = Status::from_bits_truncate(*status);
+        let agreed = status.contains(Status::FEATURES_OK);
+        let accepted =
+            core::mem::replace(&mut self.accepted, Features::from_bits_retain(*accepted));
+        let good = |q: &(u16, u64, u64, u64, bool)| !q.4 || q.0 <= self.max_queue_size;
+        if queues.len() != self.queues.len()
+            || !queues.iter().all(good)
+            || (agreed && self.check_features().is_err())
+        {
+            self.accepted = accepted;
+            return false;
+        }
+        self.status = status;
+        for (to, &(size, desc, avail, used, enabled)) in self.queues.iter_mut().zip(queues) {
+            *to = QueueSettings {
+                size,
+                desc: Iova(desc),
+                avail: Iova(avail),
+                used: Iova(used),
+                enabled,
+            };
+        }
+        true
     }
 
     /// Features of the device.
@@ -420,6 +491,34 @@ mod tests {
         assert_eq!(read(&device, u64::MAX, 1), [0]);
         let device = model(|s| s.notification_vq = true);
         assert_eq!(read(&device, 40, 4), NOTIFY_BUF_SIZE.to_le_bytes());
+    }
+
+    #[test]
+    fn what_the_driver_has_set_survives_and_what_it_cannot_have_set_does_not() {
+        let mut device = model(|_| ());
+        bring_up(&mut device, Features::VERSION_1 | Features::EVENT_IDX);
+        let queue = device.queue_mut(QueueIdx(2)).unwrap();
+        (queue.size, queue.desc, queue.used) = (16, Iova(0x1000), Iova(0x2000));
+        device.enable_queue(QueueIdx(2)).unwrap();
+        device.write_status(15);
+        device.set_needs_reset();
+        let saved = device.saved();
+        let mut next = model(|_| ());
+        assert!(next.restore(&saved));
+        assert_eq!(next.saved(), saved);
+        assert_eq!(next.queue(QueueIdx(2)), device.queue(QueueIdx(2)));
+        let fresh = model(|_| ()).saved();
+        // A device of another shape, features that are not offered, a ring that is too long.
+        assert!(!model(|s| s.num_request_queues = 1).restore(&saved));
+        let mut bad = saved.clone();
+        bad.accepted |= 1 << 34;
+        let mut long = saved;
+        long.queues[2].0 = 128;
+        for wrong in [bad, long] {
+            let mut next = model(|_| ());
+            assert!(!next.restore(&wrong));
+            assert_eq!(next.saved(), fresh);
+        }
     }
 
     #[test]

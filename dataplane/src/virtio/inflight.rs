@@ -12,6 +12,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use super::area::Area;
+use super::queue::QueueState;
 use crate::mem::{Fault, GuestMap, Iova};
 
 /// Byte offsets of the header's fields.
@@ -88,6 +89,28 @@ impl InflightQueue {
 
     fn order(&self, head: u16) -> u64 {
         u64::from_ne_bytes(self.area.read(Self::entry(head, COUNTER)))
+    }
+
+    /// Forgets everything: the queue begins anew.
+    pub fn clear(&self) {
+        self.put16(VERSION, 0);
+        compiler_fence(Ordering::SeqCst);
+        for head in 0..self.size {
+            self.set_in_flight(head, false);
+        }
+        self.put16(LAST_BATCH_HEAD, 0);
+        compiler_fence(Ordering::SeqCst);
+    }
+
+    /// Where a queue goes on that an earlier process served: its used ring stands at `used_idx`, and what is recorded as
+    /// in flight has been popped besides.
+    pub fn resume(&mut self, queue_size: u16, used_idx: u16) -> QueueState {
+        let heads = self.recover(queue_size, used_idx).len() as u16;
+        QueueState {
+            avail: used_idx.wrapping_add(heads),
+            used: used_idx,
+            parked: Vec::new(),
+        }
     }
 
     /// Brings the record up to date with the ring and returns the heads in flight, the oldest last.
@@ -226,6 +249,35 @@ mod tests {
         assert!(queue.publish());
         assert_eq!(core::iter::from_fn(|| rig.driver.take_used()).count(), 3);
         assert!(!rig.start(4).has_work());
+    }
+
+    #[test]
+    fn a_queue_goes_on_where_its_record_and_its_used_ring_say() {
+        let mut rig = Rig::new();
+        let mut queue = rig.start(0);
+        let heads: Vec<u16> = (0..4).map(|_| rig.driver.add(&[rig.buf], 1)).collect();
+        let mut popped: Vec<_> = (0..3).map(|_| pop(&mut queue)).collect();
+        queue.push_used(popped.remove(1).head, 1);
+        assert!(queue.publish());
+        let record = || InflightQueue::new(&rig.record.map(), 1, SIZE).unwrap();
+        let resume = || {
+            let mut config = rig.driver.config.clone();
+            let used = rig.driver.ram.get16(config.used.0 + 2);
+            config.state = record().resume(SIZE, used);
+            let map = rig.driver.ram.map();
+            Queue::new(config, &map, Some(record())).unwrap()
+        };
+        // A process that dies before it has done anything changes nothing.
+        drop(resume());
+        let mut queue = resume();
+        for &want in [heads[0], heads[2], heads[3]].iter() {
+            let popped = pop(&mut queue);
+            assert_eq!(popped.head.id, want);
+            queue.push_used(popped.head, 2);
+        }
+        assert!(!queue.has_work());
+        record().clear();
+        assert_eq!(record().resume(SIZE, 7).avail, 7);
     }
 
     #[test]

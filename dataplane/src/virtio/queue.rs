@@ -9,6 +9,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use ferry_shared::limits::MAX_RING_SIZE;
+use serde::{Deserialize, Serialize};
 
 use super::chain::{Chain, ChainFault, Range};
 use super::inflight::InflightQueue;
@@ -38,7 +39,7 @@ pub struct QueueConfig {
 }
 
 /// Where a queue stands between two runs.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
     /// Split: the next available index to look at. Packed: ring position in bits 0 to 14, wrap counter in bit 15.
     pub avail: u16,
@@ -65,7 +66,7 @@ pub(super) const WRAP: u16 = 1 << 15;
 
 /// A request that was popped and put back. Its descriptors may be gone from the ring (packed rings overwrite them), so
 /// what they said is kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parked {
     id: u16,
     count: u16,
@@ -168,6 +169,13 @@ pub struct Head {
     pub(super) id: u16,
     /// Ring descriptors that the request takes (1 for split).
     pub(super) count: u16,
+}
+
+impl Head {
+    /// What no other request in flight on the queue has: the head's index, or the buffer id.
+    pub fn id(&self) -> u16 {
+        self.id
+    }
 }
 
 /// A request taken off the ring; its buffers are in the chain that was given to [`Queue::pop`].

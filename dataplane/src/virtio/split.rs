@@ -20,6 +20,9 @@ const FLAGS: usize = 0;
 const IDX: usize = 2;
 const RING: usize = 4;
 
+/// Pieces of a request that are fetched before it is popped: header, arguments, the reply's header and payload.
+const LOOK_AHEAD_PIECES: u32 = 4;
+
 /// One bit per descriptor.
 type Bits = [u64; MAX_RING_SIZE as usize / 64];
 
@@ -164,11 +167,47 @@ impl SplitRing {
         let Some(areas) = &self.areas else {
             return Ok(None);
         };
+        self.look_ahead(areas, config, map);
         let fault = walk(&areas.desc, config, map, head, chain)?;
         if let Some(record) = &mut self.inflight {
             record.popped(head);
         }
         Ok(Some((Head { id: head, count: 1 }, fault)))
+    }
+
+    /// Has the processor fetch what the next requests consist of: another processor has just written it, and the fetches of
+    /// several requests overlap where one after the other would be waited for. What is read here decides nothing.
+    fn look_ahead(&self, areas: &Areas, config: &QueueConfig, map: &GuestMap) {
+        let known = self.seen_avail.wrapping_sub(self.next_avail);
+        let desc_at = |n: u16| {
+            let at = entry(config, self.next_avail.wrapping_add(n), 2);
+            let head = areas.avail.load_u16(at, Ordering::Relaxed);
+            usize::from(head).saturating_mul(DESC_SIZE)
+        };
+        if known > 3 {
+            areas.desc.prefetch(desc_at(3));
+        }
+        if known > 2 {
+            let desc: Desc = zerocopy::transmute!(areas.desc.read::<DESC_SIZE>(desc_at(2)));
+            map.prefetch(Iova(desc.addr.get()));
+        }
+        if known > 1 {
+            let desc: Desc = zerocopy::transmute!(areas.desc.read::<DESC_SIZE>(desc_at(1)));
+            let flags = DescFlags::from_bits_retain(desc.flags.get());
+            let range = Range {
+                iova: Iova(desc.addr.get()),
+                len: desc.len.get(),
+            };
+            if flags.contains(DescFlags::INDIRECT)
+                && let Ok(table) = IndirectTable::new(map, range)
+            {
+                for index in 0..table.entries().min(LOOK_AHEAD_PIECES) {
+                    let Ok(bytes) = table.read(index) else { break };
+                    let desc: Desc = zerocopy::transmute!(bytes);
+                    map.prefetch(Iova(desc.addr.get()));
+                }
+            }
+        }
     }
 
     fn next_head(&mut self, config: &QueueConfig) -> Result<Option<u16>, QueueError> {

@@ -286,21 +286,31 @@ impl Driver {
         id
     }
 
+    /// Whether the device has given something back.
+    pub(crate) fn has_used(&self) -> bool {
+        if self.config.packed {
+            let at = self.config.desc.0 + 16 * u64::from(self.used) + 14;
+            let flags = DescFlags::from_bits_retain(self.ram.get16(at));
+            let both = [
+                flags.contains(DescFlags::AVAIL),
+                flags.contains(DescFlags::USED),
+            ];
+            both == [self.used_wrap; 2]
+        } else {
+            self.ram.get16(self.config.used.0 + 2) != self.used
+        }
+    }
+
     /// Takes what the device has given back: head or buffer id, and bytes written.
     pub(crate) fn take_used(&mut self) -> Option<(u16, u32)> {
+        if !self.has_used() {
+            return None;
+        }
         let (id, len);
         if self.config.packed {
             let d = self
                 .ram
                 .read(self.config.desc.0 + 16 * u64::from(self.used), 16);
-            let flags = DescFlags::from_bits_retain(u16::from_le_bytes([d[14], d[15]]));
-            let both = [
-                flags.contains(DescFlags::AVAIL),
-                flags.contains(DescFlags::USED),
-            ];
-            if both != [self.used_wrap; 2] {
-                return None;
-            }
             id = u16::from_le_bytes([d[12], d[13]]);
             len = u32::from_le_bytes(d[8..12].try_into().unwrap());
             self.used += self.taken[usize::from(id)].len() as u16;
@@ -310,9 +320,6 @@ impl Driver {
             }
             self.free.push(id);
         } else {
-            if self.ram.get16(self.config.used.0 + 2) == self.used {
-                return None;
-            }
             let slot = u64::from(self.used % self.config.size);
             let e = self.ram.read(self.config.used.0 + 4 + 8 * slot, 8);
             id = u16::from_le_bytes([e[0], e[1]]);

@@ -137,6 +137,7 @@ pub(crate) fn exchange<F: FsDev>(
                     data: readable.after(taken.input),
                     reply: reply.segments(),
                     scratch: &mut vec![STALE; room],
+                    line: None,
                 },
             )
         }

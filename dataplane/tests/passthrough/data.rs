@@ -101,26 +101,34 @@ fn a_create_of_an_existing_name_opens_it_unless_it_must_be_new() {
 }
 
 #[test]
-fn truncation_at_open_is_the_guests_choice() {
+fn an_open_leaves_truncation_to_the_guest_which_knows_what_it_executes() {
     let rig = Rig::new();
     let path = rig.top.join("f");
     fs::write(&path, "text").unwrap();
-    chmod(&path, 0o6755);
-    rig.mount(!FUSE_ATOMIC_O_TRUNC);
+    assert_eq!(rig.fs.offer().flags & FUSE_ATOMIC_O_TRUNC, 0);
     let f = rig.look(ROOT, "f").unwrap().nodeid;
-    rig.open(f, libc::O_WRONLY | libc::O_TRUNC).unwrap();
-    assert_eq!(fs::read(&path).unwrap(), b"text");
-    rig.mount(u64::MAX);
-    let f = rig.look(ROOT, "f").unwrap().nodeid;
-    rig.open(f, libc::O_WRONLY | libc::O_TRUNC).unwrap();
-    assert_eq!((fs::read(&path).unwrap().len(), mode(&path)), (0, 0o6755));
-    let flags = (libc::O_WRONLY | libc::O_TRUNC) as u32;
-    let arg = fuse_open_in {
-        flags,
-        open_flags: FUSE_OPEN_KILL_SUIDGID,
-    };
-    rig.fs.open(&root(), f, &arg).unwrap();
-    assert_eq!(mode(&path), 0o755);
+    for access in [libc::O_RDONLY, libc::O_WRONLY] {
+        rig.open(f, access | libc::O_TRUNC).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"text");
+    }
+}
+
+#[test]
+fn a_create_of_an_existing_name_truncates_it_as_the_guest_will_not() {
+    let rig = Rig::new();
+    let path = rig.top.join("f");
+    for (open_flags, kept) in [(0, 0o6755), (FUSE_OPEN_KILL_SUIDGID, 0o755)] {
+        fs::write(&path, "text").unwrap();
+        chmod(&path, 0o6755);
+        let arg = fuse_create_in {
+            flags: (libc::O_WRONLY | libc::O_TRUNC) as u32,
+            mode: 0o600,
+            umask: 0,
+            open_flags,
+        };
+        rig.fs.create(&root(), ROOT, &name("f"), &arg).unwrap();
+        assert_eq!((fs::read(&path).unwrap().len(), mode(&path)), (0, kept));
+    }
 }
 
 #[test]

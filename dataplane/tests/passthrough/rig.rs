@@ -12,6 +12,7 @@ use ferry_dataplane::fsdev::passthrough::{Capacity, Passthrough};
 use ferry_dataplane::fsdev::{Caller, DirSink, FsDev, Io, IoOp, Negotiated};
 use ferry_dataplane::fuse::abi::*;
 use ferry_dataplane::mem::{IoVec, Segments};
+use ferry_dataplane::recovery::region::Region;
 use ferry_shared::errno::Errno;
 use ferry_shared::msg::{AioSpec, Placement};
 
@@ -57,6 +58,7 @@ pub(crate) fn as_user(uid: u32, gid: u32) -> Caller<'static> {
         pid: 100,
         supplementary_group: None,
         security_context: None,
+        journal: Default::default(),
     }
 }
 
@@ -117,6 +119,47 @@ impl Rig {
         };
         rig.mount(u64::MAX);
         rig
+    }
+
+    /// One whose tables outlive it, in the area `fs` of a region.
+    pub(crate) fn lasting(region: &Region) -> Rig {
+        let mut rig = Rig::sized("/dev/shm", Capacity::default(), |_| {});
+        let len = Passthrough::area_len(&Capacity::default()).unwrap();
+        let area = region.add_area("fs", len).unwrap();
+        let spec = spec(&rig.top);
+        rig.fs = Passthrough::in_area(&spec, Capacity::default(), &area, None).unwrap();
+        rig.mount(u64::MAX);
+        rig
+    }
+
+    /// Ends without tidying up, and starts again with what the region holds.
+    pub(crate) fn crash(self, region: Region) -> (Rig, Region) {
+        let (dead, next) = self.die(region);
+        (dead.rise(&next), next)
+    }
+
+    /// Ends without tidying up: the descriptors are gone, the region is as it was. What is left serves nothing.
+    pub(crate) fn die(mut self, region: Region) -> (Rig, Region) {
+        let unused = Passthrough::new(&spec(self._dir.0.parent().unwrap())).unwrap();
+        std::mem::forget(std::mem::replace(&mut self.fs, unused));
+        for fd in self.open_fds() {
+            // SAFETY: nobody uses the descriptors of what was forgotten.
+            unsafe { libc::close(fd) };
+        }
+        let file = region.fd().try_clone_to_owned().unwrap();
+        (self, Region::adopt(file).unwrap())
+    }
+
+    /// Starts again after [`Rig::die`].
+    pub(crate) fn rise(self, region: &Region) -> Rig {
+        let area = region.area("fs").unwrap().unwrap();
+        let fs = Passthrough::in_area(&spec(&self.top), Capacity::default(), &area, None).unwrap();
+        fs.resume(Negotiated {
+            minor: 45,
+            flags: fs.offer().flags,
+            max_write: fs.offer().max_write,
+        });
+        Rig { fs, ..self }
     }
 
     /// Mounts with everything that is offered and in `mask`.
@@ -320,16 +363,19 @@ impl Rig {
 
     /// How many of this process's descriptors are on objects below this rig's directory.
     pub(crate) fn fds(&self) -> usize {
-        let above = self.top.parent().unwrap();
+        self.open_fds().len()
+    }
+
+    fn open_fds(&self) -> Vec<i32> {
+        let above = self.top.parent().unwrap().as_os_str().as_bytes();
         let list = fs::read_dir("/proc/self/fd").unwrap();
-        list.filter_map(|e| fs::read_link(e.ok()?.path()).ok())
-            .filter(|target| {
-                target
-                    .as_os_str()
-                    .as_bytes()
-                    .starts_with(above.as_os_str().as_bytes())
-            })
-            .count()
+        list.filter_map(|e| {
+            let path = e.ok()?.path();
+            let target = fs::read_link(&path).ok()?;
+            let below = target.as_os_str().as_bytes().starts_with(above);
+            below.then(|| path.file_name()?.to_str()?.parse().ok())?
+        })
+        .collect()
     }
 }
 

@@ -14,7 +14,7 @@ fn what_cores_count_is_read_through_the_file() {
     let (counters, file) = leaked(2);
     let words = counters.words();
     register(words, 7, "vfsdev0");
-    register(words, 7 + 128, "same place");
+    register(words, 7 + DEVICES as u32, "same place");
     let reading = Counters::open(&file).unwrap();
     let reader = reading.reader();
     assert_eq!(reader.cores(), 2);
@@ -23,7 +23,7 @@ fn what_cores_count_is_read_through_the_file() {
     assert_eq!((devices[0].id, devices[0].name.as_str()), (7, "vfsdev0"));
 
     let core = CoreCounters::new(words, 1);
-    assert!(core.counts(7) && !core.counts(7 + 128) && !core.counts(8));
+    assert!(core.counts(7) && !core.counts(7 + DEVICES as u32) && !core.counts(8));
     let request = Finished {
         opcode: 15,
         error: false,
@@ -62,6 +62,52 @@ fn what_cores_count_is_read_through_the_file() {
     register(words, 7, "again");
     assert_eq!(reader.op(1, 7, 15), OpTotals::default());
     assert_eq!(reader.bytes(1, 7), (0, 0));
+}
+
+#[test]
+fn a_queue_has_the_share_of_its_requests_in_what_its_core_has_counted_since() {
+    let (counters, file) = leaked(1);
+    let core = CoreCounters::new(counters.words(), 0);
+    let own = |busy, idle, requests| {
+        core.set(CoreCounter::Busy, busy);
+        core.set(CoreCounter::Idle, idle);
+        core.set(CoreCounter::Requests, requests);
+    };
+    own(1000, 1000, 100);
+    let allowed = CpuSet::of([0, 5, 64]);
+    let place = QueuePlace {
+        thread: 4,
+        device: 9,
+        index: 2,
+        allowed,
+    };
+    core.queue_placed(3, &place);
+    core.queue_served(3, 30);
+    core.queue_served(3, 10);
+    own(1800, 2000, 200);
+    let reading = Counters::open(&file).unwrap();
+    let queues = reading.reader().queues(0);
+    let expected = CountedQueue {
+        place,
+        requests: 40,
+        rounds: 2,
+        turns: 0,
+        busy: 320,
+        idle: 1480,
+    };
+    assert_eq!(queues, [expected]);
+    core.queue_gone(3);
+    assert!(reading.reader().queues(0).is_empty());
+    core.queue_placed(QUEUES, &place);
+    assert!(reading.reader().queues(0).is_empty());
+}
+
+#[test]
+fn cpu_sets_are_written_as_masks() {
+    assert_eq!(format!("{:x}", CpuSet::of([0, 3, 5])), "29");
+    assert_eq!(format!("{:x}", CpuSet::of([64])), "10000000000000000");
+    assert_eq!(format!("{:x}", CpuSet::of([MASK_CPUS as u32])), "0");
+    assert!(CpuSet::of([70]).has(70) && !CpuSet::of([70]).has(6));
 }
 
 #[test]

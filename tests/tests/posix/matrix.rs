@@ -4,7 +4,7 @@ use crate::disk::{Backing, Disk};
 use crate::outcome::Outcomes;
 use crate::table;
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{HostMount, Service, binary};
+use ferry_tests::{Device, HostMount, Service, binary};
 use std::collections::BTreeMap;
 use std::env;
 use std::fmt;
@@ -137,27 +137,30 @@ pub(crate) struct Row {
 
 /// Runs a suite wherever it is to run. Fails with everything that differs from the exports.
 pub(crate) fn check(suite: &dyn Suite) -> Result<()> {
+    check_with(suite, |rig, transport| {
+        let mut found = Outcomes::default();
+        rig.on(transport, |mount| {
+            found = suite.run(&fresh(mount, &transport.to_string())?)?;
+            Ok(())
+        })?;
+        Ok(found)
+    })
+}
+
+/// As [`check`], for a suite that `reach`es the device in its own way.
+pub(crate) fn check_with(
+    suite: &dyn Suite,
+    reach: impl Fn(&Rig, Transport) -> Result<Outcomes>,
+) -> Result<()> {
     let mut differences = Vec::new();
     let mut direct: BTreeMap<Backing, Outcomes> = BTreeMap::new();
     for (export, transports) in chosen(&suite.exports()) {
         let disk = Disk::new(export.backing)?;
         let expected = match direct.get(&export.backing) {
             Some(known) => known.clone(),
-            None => {
-                let found = suite.run(&fresh(disk.path(), "direct")?)?;
-                println!("{} on {}: {}", suite.name(), export.backing, found.counts());
-                for failure in found.failed() {
-                    println!("  {failure}");
-                }
-                ensure!(
-                    found.any_passed(),
-                    "{} passes nothing on the export itself",
-                    suite.name()
-                );
-                direct.insert(export.backing, found.clone());
-                found
-            }
+            None => on_the_export(suite, export.backing, disk.path())?,
         };
+        direct.insert(export.backing, expected.clone());
         let rig = Rig::new(disk.path(), &export.parameters())?;
         let mut row = Row {
             export,
@@ -165,21 +168,14 @@ pub(crate) fn check(suite: &dyn Suite) -> Result<()> {
             mounts: BTreeMap::new(),
         };
         for transport in transports {
-            rig.on(transport, |mount| {
-                let found = suite.run(&fresh(mount, &transport.to_string())?)?;
-                println!(
-                    "{} on {export}, {transport}: {}",
-                    suite.name(),
-                    found.counts()
-                );
-                for difference in found.differing_from(&expected) {
-                    println!("  {difference}");
-                    differences.push(format!("{export}, {transport}: {difference}"));
-                }
-                row.mounts.insert(transport, found.counts());
-                Ok(())
-            })
-            .with_context(|| format!("{} on {export}, {transport}", suite.name()))?;
+            let at = format!("{} on {export}, {transport}", suite.name());
+            let found = reach(&rig, transport).with_context(|| at.clone())?;
+            println!("{at}: {}", found.counts());
+            for difference in found.differing_from(&expected) {
+                println!("  {difference}");
+                differences.push(format!("{export}, {transport}: {difference}"));
+            }
+            row.mounts.insert(transport, found.counts());
         }
         if differences.is_empty() && full() && env::var_os("FERRY_POSIX_TABLE").is_some() {
             table::rewrite(suite, &[row])?;
@@ -192,6 +188,20 @@ pub(crate) fn check(suite: &dyn Suite) -> Result<()> {
         differences.join("\n")
     );
     Ok(())
+}
+
+fn on_the_export(suite: &dyn Suite, backing: Backing, disk: &Path) -> Result<Outcomes> {
+    let found = suite.run(&fresh(disk, "direct")?)?;
+    println!("{} on {backing}: {}", suite.name(), found.counts());
+    for failure in found.failed() {
+        println!("  {failure}");
+    }
+    ensure!(
+        found.any_passed(),
+        "{} passes nothing on the export itself",
+        suite.name()
+    );
+    Ok(found)
 }
 
 fn fresh(below: &Path, name: &str) -> Result<PathBuf> {
@@ -210,6 +220,9 @@ pub(crate) fn can_mount() -> Result<()> {
     binary("ferry").map(drop)
 }
 
+const VFIO_USER_TAG: &str = "vfio";
+const VHOST_USER_TAG: &str = "vhost";
+
 /// A service with one exported directory and a device of each transport. The supervisor is stopped when dropped.
 pub(crate) struct Rig {
     service: Service,
@@ -227,8 +240,8 @@ impl Rig {
             "fsdev_aio_create aio0 {} --enable-xattr {parameters}",
             export.display()
         ))?;
-        let vfio_user = service.start_doca_device("vfio", "vfio", "aio0")?;
-        let vhost_user = service.start_vhost_user_device("vhost", "vhost", "aio0")?;
+        let vfio_user = service.start_doca_device("vfio", VFIO_USER_TAG, "aio0")?;
+        let vhost_user = service.start_vhost_user_device("vhost", VHOST_USER_TAG, "aio0")?;
         Ok(Self {
             service,
             export,
@@ -241,19 +254,38 @@ impl Rig {
         &self.export
     }
 
+    /// The device of this transport, and its tag.
+    pub(crate) fn device(&self, transport: Transport) -> (Device, &'static str) {
+        let socket = self.socket(transport).to_path_buf();
+        match transport {
+            Transport::VfioUser => (Device::VfioUser(socket), VFIO_USER_TAG),
+            Transport::VhostUser => {
+                let tag = VHOST_USER_TAG.to_owned();
+                (Device::VhostUser { socket, tag }, VHOST_USER_TAG)
+            }
+        }
+    }
+
+    fn socket(&self, transport: Transport) -> &Path {
+        match transport {
+            Transport::VfioUser => &self.vfio_user,
+            Transport::VhostUser => &self.vhost_user,
+        }
+    }
+
+    /// What the service has logged.
+    pub(crate) fn log(&self) -> String {
+        self.service.log()
+    }
+
     /// Runs `check` on a mount.
     pub(crate) fn on(
         &self,
         transport: Transport,
         check: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<()> {
-        let socket = match transport {
-            Transport::VfioUser => &self.vfio_user,
-            Transport::VhostUser => &self.vhost_user,
-        };
-        let mount: HostMount = self.service.mount(socket)?;
-        check(mount.path())
-            .with_context(|| format!("log of the service:\n{}", self.service.log()))?;
+        let mount: HostMount = self.service.mount(self.socket(transport))?;
+        check(mount.path()).with_context(|| format!("log of the service:\n{}", self.log()))?;
         mount.unmount()
     }
 }

@@ -97,7 +97,12 @@ fn rates_are_what_has_grown_in_the_time_between() {
 #[test]
 fn what_has_begun_anew_counts_from_nothing() {
     let old = device(1, "d", op(1000, 0, 1000, 0));
-    let before = sample(7, core(100, 50, 0), &[old.clone()], Duration::ZERO);
+    let before = sample(
+        7,
+        core(100, 50, 0),
+        core::slice::from_ref(&old),
+        Duration::ZERO,
+    );
     let second = Duration::from_secs(1);
     // Another data plane, another device of the same name, and a counter that somebody has set back.
     let cases = [
@@ -211,7 +216,9 @@ fn the_screen_shows_the_selected_devices_operations_and_keeps_the_reason_of_a_si
     );
     assert_eq!(shown.matches("slow").count(), 1, "{shown}");
     // The selection stays on the last device, however far down it is moved.
-    (0..5).for_each(|_| drop(view.take(&key(KeyCode::Down))));
+    for _ in 0..5 {
+        view.take(&key(KeyCode::Down));
+    }
     assert_eq!(drawn(&mut view).matches("slow").count(), 2);
     view.take(&key(KeyCode::Up));
     assert_eq!(drawn(&mut view).matches("slow").count(), 1);

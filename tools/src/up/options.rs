@@ -30,6 +30,16 @@ pub struct Args {
     /// How cores wait for work: adaptive, busy or interrupt
     #[arg(long, value_name = "MODE")]
     pub poll: Option<String>,
+    /// Whether the CPUs of the cores are claimed by lock files, so that no other service takes them: on, off, or auto,
+    /// which claims those of cores that always poll
+    #[arg(long, value_name = "MODE")]
+    pub cpumask_locks: Option<String>,
+    /// The same as --cpumask-locks off
+    #[arg(long, conflicts_with = "cpumask_locks")]
+    pub disable_cpumask_locks: bool,
+    /// Directory of the lock files [default: /var/tmp]
+    #[arg(long, value_name = "DIR")]
+    pub cpumask_locks_dir: Option<PathBuf>,
     /// RPC socket [default: /var/tmp/spdk.sock]
     #[arg(short = 'r', long, value_name = "PATH")]
     pub rpc_socket: Option<PathBuf>,
@@ -125,6 +135,9 @@ impl Args {
             platform: self.platform.or(other.platform),
             firmware: self.firmware.or(other.firmware),
             poll: self.poll.or(other.poll),
+            cpumask_locks: self.cpumask_locks.or(other.cpumask_locks),
+            disable_cpumask_locks: self.disable_cpumask_locks || other.disable_cpumask_locks,
+            cpumask_locks_dir: self.cpumask_locks_dir.or(other.cpumask_locks_dir),
             rpc_socket: self.rpc_socket.or(other.rpc_socket),
             config: self.config.or(other.config),
             json_ignore_init_errors: self.json_ignore_init_errors || other.json_ignore_init_errors,
@@ -168,6 +181,9 @@ impl Args {
         line.option("--platform", self.platform.as_ref());
         line.option("--firmware", self.firmware.as_ref());
         line.option("--poll", self.poll.as_ref());
+        let off = self.disable_cpumask_locks.then(|| "off".to_owned());
+        line.option("--cpumask-locks", off.or(self.cpumask_locks.clone()));
+        line.option("--cpumask-locks-dir", self.cpumask_locks_dir.as_ref());
         line.option("--control-uid", control_uid.map(|uid| uid.to_string()));
         line.0
     }

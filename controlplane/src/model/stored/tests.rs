@@ -52,6 +52,50 @@ proptest! {
 }
 
 #[test]
+fn what_is_wanted_of_the_data_plane_itself_is_kept_and_checked() {
+    let mut model = running();
+    let wishes = Wishes {
+        slots: Some(4096),
+        buffers: None,
+        scheduler: Some(Scheduler::Dynamic(Balance::default())),
+    };
+    model.wish(wishes);
+    assert_eq!(reread(&model).wishes(), wishes);
+    let mut stored = model.stored();
+    stored.wishes.scheduler = Some(SchedulerV1::Dynamic {
+        period_us: 1,
+        load_limit: 0,
+        core_limit: 0,
+        core_busy: 0,
+    });
+    assert!(Model::restore(stored).is_err());
+}
+
+#[test]
+fn an_fsdev_that_hands_on_is_issued_after_the_one_below_it() {
+    let passthru = |name: &str, base: &str| FsdevSpec {
+        name: name.to_owned(),
+        kind: FsdevKind::Passthru {
+            base: base.to_owned(),
+        },
+    };
+    let null = FsdevSpec {
+        name: "z".to_owned(),
+        kind: FsdevKind::Null,
+    };
+    // The data plane tells of them by their names.
+    let items = [passthru("a", "m"), passthru("m", "z"), null];
+    let mut model = Model::default();
+    model.adopt(items.into_iter().map(Item::Fsdev).collect());
+    let names: Vec<&str> = model
+        .fsdevs()
+        .map(|fsdev| fsdev.spec.name.as_str())
+        .collect();
+    assert_eq!(names, ["z", "m", "a"]);
+    assert_eq!(reread(&model).stored(), model.stored());
+}
+
+#[test]
 fn requests_under_way_are_not_kept() {
     let mut model = running();
     let before = model.stored();

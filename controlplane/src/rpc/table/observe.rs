@@ -15,7 +15,6 @@ use crate::rpc::log;
 use crate::rpc::notify;
 use crate::rpc::params::LEVEL;
 use crate::rpc::params::LOG_FLAG;
-use crate::rpc::params::SCHEDULER;
 use crate::rpc::stats;
 
 const DECODE_INTERNAL: Rule =
@@ -182,24 +181,6 @@ pub(super) const OBSERVE: &[Method] = &[
         dataplane: true,
         output: Output::Json,
         handler: Handler::Now(stats::framework_get_reactors),
-        ..METHOD
-    },
-    Method {
-        name: "framework_get_scheduler",
-        help: "How queues are spread over the cores",
-        rule: Rule::Absent("'rpc_get_scheduler' requires no arguments"),
-        dataplane: true,
-        output: Output::Json,
-        handler: Handler::Now(stats::framework_get_scheduler),
-        ..METHOD
-    },
-    Method {
-        name: "framework_set_scheduler",
-        when: When::Always,
-        help: "Choose how queues are spread over the cores; static is the only way",
-        params: SCHEDULER,
-        rule: Rule::Strict(RpcError::INVALID_PARAMS, "Invalid parameters"),
-        handler: Handler::Now(stats::framework_set_scheduler),
         ..METHOD
     },
     Method {

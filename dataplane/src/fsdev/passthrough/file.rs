@@ -4,11 +4,11 @@ use core::ffi::CStr;
 
 use ferry_shared::errno::Errno;
 
-use super::Passthrough;
-use super::handle::{self, Handle, Handles, OpenFile};
+use super::handle::{self, Handle, OpenFile};
 use super::inode::{Inode, Node};
 use super::lock;
 use super::sys::{self, Fd, Stat};
+use super::{Passthrough, once};
 use crate::fsdev::table::Vacant;
 use crate::fsdev::{Caller, Io, IoOp, IoResult, Pin};
 use crate::fuse::abi::*;
@@ -96,7 +96,7 @@ impl Passthrough {
     ) -> Result<Fd, Errno> {
         let guest = flags as i32;
         let mut host = self.host_flags(guest)?;
-        if guest & libc::O_TRUNC != 0 && self.has(FUSE_ATOMIC_O_TRUNC) {
+        if guest & libc::O_TRUNC != 0 {
             host |= libc::O_TRUNC;
             if open_flags & FUSE_OPEN_KILL_SUIDGID != 0 {
                 self.strip_privileges(caller, fd)?;
@@ -119,9 +119,9 @@ impl Passthrough {
         nodeid: u64,
         guest_flags: u32,
         session: u64,
-        place: Vacant<'_, Handle>,
+        (place, mnt): (Vacant<'_, Handle>, u64),
     ) -> Result<fuse_open_out, Errno> {
-        let mut flags = 0;
+        let mut flags = self.hot.flags(mnt, guest_flags);
         let mut alignment = 1;
         if guest_flags as i32 & libc::O_DIRECT != 0
             && let Some(found) = sys::make_direct(fd.raw())
@@ -129,7 +129,7 @@ impl Passthrough {
             flags |= handle::DIRECT;
             alignment = found;
         }
-        let fh = Handles::add_at(place, fd, nodeid, flags, alignment);
+        let fh = self.handles.add_at(place, fd, nodeid, flags, alignment);
         self.opened(fh, nodeid, self.file_flags(), session)
     }
 
@@ -179,7 +179,7 @@ impl Passthrough {
         // A truncated file must not be left behind with an error.
         let place = self.handles.reserve()?;
         let fd = self.open_regular(caller, node.fd(), flags, open_flags)?;
-        self.publish(fd, nodeid, flags, session, place)
+        self.publish(fd, nodeid, flags, session, (place, node.mnt()))
     }
 
     pub(super) fn do_create(
@@ -197,7 +197,7 @@ impl Passthrough {
                 Err(Errno::EEXIST) if arg.flags as i32 & libc::O_EXCL == 0 => {}
                 other => return other,
             }
-            // It is there already: open it as OPEN does.
+            // It is there already. The guest takes it for a new one and will not truncate it itself.
             let entry = match self.lookup_in(dir.fd(), dir.mnt(), name) {
                 Err(Errno::ENOENT) => continue,
                 other => other?,
@@ -232,7 +232,11 @@ impl Passthrough {
         let flags = self.host_flags(arg.flags as i32)? | libc::O_CREAT | libc::O_EXCL;
         // Before the file exists, so that full tables leave none behind.
         let place = (self.inodes.reserve()?, self.handles.reserve()?);
-        let fd = {
+        let fd = if once::is_made(caller, dir.fd(), name, None)? {
+            let flags = flags & !(libc::O_CREAT | libc::O_EXCL);
+            self.inodes
+                .with_fds(|| sys::open_beneath(dir.fd(), name, flags | libc::O_NONBLOCK, 0))?
+        } else {
             let _caller = self.act_as(caller, arg.umask)?;
             self.inodes
                 .with_fds(|| sys::open_beneath(dir.fd(), name, flags, arg.mode))?
@@ -270,7 +274,10 @@ impl Passthrough {
             .inodes
             .with_fds(|| sys::reopen(fd.raw(), libc::O_PATH))?;
         let nodeid = self.inodes.intern_at(path, &stat, Some(inode))?;
-        match self.publish(fd, nodeid, flags, session, handle) {
+        if stat.stx_nlink == 0 {
+            self.inodes.keep_nameless(nodeid);
+        }
+        match self.publish(fd, nodeid, flags, session, (handle, mnt)) {
             Ok(open) => Ok((self.entry(nodeid, &stat, mnt), open)),
             Err(errno) => {
                 self.do_forget(nodeid, 1);
@@ -336,6 +343,9 @@ impl Passthrough {
             return Ok(Io::Done(given));
         }
         self.settle_direct(&file, arg.offset, dst.first(len as usize), false)?;
+        if let Some(done) = self.hot.read(&file, arg.offset, dst.first(len as usize)) {
+            return done.map(Io::Done);
+        }
         let op = IoOp::Read {
             fd: file.fd(),
             offset: arg.offset,
@@ -363,6 +373,10 @@ impl Passthrough {
         if self.spec.skip_rw {
             return Ok(Io::Done(arg.size));
         }
+        let data = src.first(arg.size as usize);
+        if file.handle().appends() && once::is_appended(caller, file.fd(), data)? {
+            return Ok(Io::Done(arg.size));
+        }
         // The first version of the agreement leaves it to us for every write.
         let always = self.has(FUSE_HANDLE_KILLPRIV) && !self.has(FUSE_HANDLE_KILLPRIV_V2);
         let agreed = self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2);
@@ -372,6 +386,12 @@ impl Passthrough {
         }
         let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
         self.settle_direct(&file, arg.offset, src.first(arg.size as usize), cached)?;
+        if let Some(done) = self
+            .hot
+            .write(&file, arg.offset, src.first(arg.size as usize))
+        {
+            return done.map(Io::Done);
+        }
         let op = IoOp::Write {
             fd: file.fd(),
             offset: arg.offset,

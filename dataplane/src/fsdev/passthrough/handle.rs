@@ -2,17 +2,26 @@
 //!
 //! A handle is pinned while an operation on its descriptor is under way; RELEASE ends it, and the descriptor is closed
 //! when the last pin goes.
+//!
+//! A handle of an earlier process has no descriptor: the first use opens the inode again with the flags of the file. A
+//! directory goes on after the entry that the guest names. A file that was locked with flock(2) comes from the fd store,
+//! because the lock is the description's.
 
+use alloc::sync::Arc;
+use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use ferry_shared::errno::Errno;
-use zerocopy::FromZeros;
+use zerocopy::FromBytes;
 
+use super::inode::Inodes;
 use super::lock;
 use super::sys::{self, Fd};
-use crate::fsdev::table::{Missing, Pinned, Record, Table, Vacant};
+use super::vault::{Kind, Vault};
+use crate::fsdev::table::{Missing, Pinned, Record, Slot, Table, Vacant};
+use crate::recovery::placed::Placed;
 
 /// A directory.
 pub(super) const DIR: u32 = 1 << 0;
@@ -22,11 +31,17 @@ pub(super) const DIRECT: u32 = 1 << 1;
 pub(super) const FLOCKED: u32 = 1 << 2;
 /// Ranges were locked through it.
 pub(super) const LOCKED: u32 = 1 << 3;
+/// Its descriptor is in the fd store.
+const KEPT: u32 = 1 << 4;
+/// Transfers through the page cache do not wait for long.
+pub(super) const CALM: u32 = 1 << 5;
+/// The file system has no way to read without waiting.
+pub(super) const RING: u32 = 1 << 6;
 
 /// The position of a directory that is not known.
 const UNKNOWN: u64 = u64::MAX;
 
-#[derive(FromZeros)]
+#[derive(FromBytes)]
 #[repr(C)]
 pub(super) struct Handle {
     nodeid: AtomicU64,
@@ -37,7 +52,8 @@ pub(super) struct Handle {
     alignment: AtomicU32,
     /// 1 while a listing uses the directory's position.
     listing: AtomicU32,
-    _pad: u32,
+    /// What it is opened with again.
+    open_flags: AtomicI32,
 }
 
 impl Record for Handle {
@@ -62,6 +78,11 @@ impl Handle {
         self.flags.fetch_and(!flag, Relaxed);
     }
 
+    /// Whether every write goes to the end of the file.
+    pub(super) fn appends(&self) -> bool {
+        self.open_flags.load(Relaxed) & libc::O_APPEND != 0
+    }
+
     pub(super) fn alignment(&self) -> u32 {
         self.alignment.load(Relaxed)
     }
@@ -69,6 +90,7 @@ impl Handle {
 
 /// An open file or directory in use.
 pub(super) struct OpenFile<'a> {
+    handles: &'a Handles,
     pin: Pinned<'a, Handle>,
     fd: i32,
 }
@@ -89,7 +111,15 @@ impl<'a> OpenFile<'a> {
 
     /// Ends it.
     pub(super) fn close(self) {
-        self.pin.kill();
+        self.handles.end(&self.pin);
+    }
+
+    /// Has the fd store keep a file that is locked.
+    pub(super) fn keep_locked(&self) {
+        let handle = self.handle();
+        if !handle.has(KEPT) && self.handles.vault.put(Kind::Handle, self.pin.id(), self.fd) {
+            handle.set(KEPT);
+        }
     }
 
     /// Takes the directory's position for one listing. Listings of one open directory come one at a time from a kernel;
@@ -140,12 +170,22 @@ impl Drop for Listing<'_> {
 /// All open files and directories of a device.
 pub(super) struct Handles {
     table: Table<Handle>,
+    inodes: Arc<Inodes>,
+    vault: Vault,
 }
 
 impl Handles {
-    pub(super) fn new(capacity: u32) -> Result<Handles, Errno> {
-        let table = Table::new(capacity, 1).ok_or(Errno::ENOMEM)?;
-        Ok(Handles { table })
+    /// The handles in `slots`, of these inodes.
+    pub(super) fn new(
+        slots: Placed<Slot<Handle>>,
+        inodes: &Arc<Inodes>,
+        vault: Vault,
+    ) -> Result<Handles, Errno> {
+        Ok(Handles {
+            table: Table::over(slots, 1).ok_or(Errno::ENOMEM)?,
+            inodes: Arc::clone(inodes),
+            vault,
+        })
     }
 
     /// Adds an open file of inode `nodeid`; `alignment` is for `DIRECT` ones.
@@ -156,13 +196,7 @@ impl Handles {
         flags: u32,
         alignment: u32,
     ) -> Result<u64, Errno> {
-        Ok(Handles::add_at(
-            self.reserve()?,
-            fd,
-            nodeid,
-            flags,
-            alignment,
-        ))
+        Ok(self.add_at(self.reserve()?, fd, nodeid, flags, alignment))
     }
 
     /// A place for a file that is about to be opened.
@@ -172,6 +206,7 @@ impl Handles {
 
     /// As [`Handles::add`], at a place that has been reserved.
     pub(super) fn add_at(
+        &self,
         vacant: Vacant<'_, Handle>,
         fd: Fd,
         nodeid: u64,
@@ -179,12 +214,81 @@ impl Handles {
         alignment: u32,
     ) -> u64 {
         let handle = vacant.record();
+        let open_flags = sys::flags_of(fd.raw()).unwrap_or(libc::O_RDONLY);
         handle.nodeid.store(nodeid, Relaxed);
         handle.position.store(0, Relaxed);
         handle.flags.store(flags, Relaxed);
         handle.alignment.store(alignment.wrapping_sub(1), Relaxed);
         handle.listing.store(0, Relaxed);
+        handle.open_flags.store(open_flags, Relaxed);
+        self.inodes.count_open(nodeid, true);
         vacant.publish(Some(fd.into_raw())).id()
+    }
+
+    /// Goes on with the handles of an earlier process.
+    pub(super) fn take_over(&self) {
+        for index in self.table.indexes() {
+            let Some(pin) = self.table.pin_index(index) else {
+                continue;
+            };
+            let handle = pin.record();
+            handle.position.store(UNKNOWN, Relaxed);
+            handle.listing.store(0, Relaxed);
+            self.inodes.count_open(handle.nodeid.load(Relaxed), true);
+            if handle.has(FLOCKED) && pin.fd().is_none() {
+                tracing::warn!(
+                    nodeid = handle.nodeid.load(Relaxed),
+                    "an flock lock of a guest is lost with the restart: the service manager has not kept its file"
+                );
+                handle.clear(FLOCKED | KEPT);
+            }
+        }
+    }
+
+    /// Takes back a locked file; `false` when there is no such file.
+    pub(super) fn take_back(&self, id: u64, fd: Fd) -> bool {
+        let Ok(pin) = self.table.pin_quietly(id) else {
+            return false;
+        };
+        pin.record().set(KEPT);
+        if pin.install(fd.raw()) {
+            fd.into_raw();
+        }
+        true
+    }
+
+    /// Opens a file of an earlier process again.
+    fn warm(&self, pin: &Pinned<'_, Handle>) -> Result<i32, Errno> {
+        let handle = pin.record();
+        let node = self.inodes.get(handle.nodeid.load(Relaxed))?;
+        // Those that act at the opening have acted.
+        let lasting = libc::O_ACCMODE
+            | libc::O_APPEND
+            | libc::O_SYNC
+            | libc::O_DSYNC
+            | libc::O_NOATIME
+            | libc::O_DIRECT;
+        let mut flags = handle.open_flags.load(Relaxed) & lasting;
+        if handle.has(DIR) {
+            flags |= libc::O_DIRECTORY;
+        } else if !handle.has(DIRECT) {
+            flags &= !libc::O_DIRECT;
+        }
+        let fd = self.inodes.with_fds(|| sys::reopen(node.fd(), flags))?;
+        if pin.install(fd.raw()) {
+            fd.into_raw();
+        }
+        pin.fd().ok_or(Errno::EBADF)
+    }
+
+    fn end(&self, pin: &Pinned<'_, Handle>) {
+        if pin.kill() {
+            let handle = pin.record();
+            self.inodes.count_open(handle.nodeid.load(Relaxed), false);
+            if handle.has(KEPT) {
+                self.vault.remove(Kind::Handle, pin.id());
+            }
+        }
     }
 
     fn get(&self, fh: u64, nodeid: u64) -> Result<OpenFile<'_>, Errno> {
@@ -192,11 +296,18 @@ impl Handles {
             Missing::Never | Missing::Gone => Errno::EBADF,
             Missing::Busy => Errno::EAGAIN,
         })?;
-        let fd = pin.fd().ok_or(Errno::EBADF)?;
         if pin.record().nodeid.load(Relaxed) != nodeid {
             return Err(Errno::EBADF);
         }
-        Ok(OpenFile { pin, fd })
+        let fd = match pin.fd() {
+            Some(fd) => fd,
+            None => self.warm(&pin)?,
+        };
+        Ok(OpenFile {
+            handles: self,
+            pin,
+            fd,
+        })
     }
 
     /// The open file or directory `fh` of inode `nodeid`.
@@ -239,7 +350,7 @@ impl Handles {
     pub(super) fn clear(&self) {
         for index in self.table.indexes() {
             if let Some(pin) = self.table.pin_index(index) {
-                pin.kill();
+                self.end(&pin);
             }
         }
     }

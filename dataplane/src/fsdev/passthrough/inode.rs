@@ -6,11 +6,17 @@
 //!
 //! Known inodes are found by device, inode number and mount. A hot inode cannot lose its number to another one, because its
 //! descriptor holds it. A cold one can, so meeting it again costs a comparison of file handles.
+//!
+//! Where the table outlives the process, the file handle is taken when an inode is met, and a later process finds all of them
+//! cold (`recover`).
+
+mod recover;
 
 mod forgotten;
 
 use alloc::boxed::Box;
 use core::ffi::CStr;
+use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::AtomicU64;
@@ -18,14 +24,16 @@ use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use ferry_shared::errno::Errno;
 use spin::mutex::SpinMutex;
-use zerocopy::FromZeros;
+use zerocopy::{FromBytes, FromZeros};
 
 use self::forgotten::Forgotten;
 use super::attr;
 use super::mounts::{MountFd, Mounts};
 use super::sys::{self, Fd, FileHandle, Stat};
-use crate::fsdev::table::{Missing, Pinned, Probe, Record, Table, Vacant};
+use super::vault::Vault;
+use crate::fsdev::table::{Missing, Pinned, Probe, Record, Slot, Table, Vacant};
 use crate::fuse::abi::FUSE_ROOT_ID;
+use crate::recovery::placed::Placed;
 
 /// What identifies an inode of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +46,7 @@ pub(super) struct Key {
 impl Key {
     pub(super) fn of(stat: &Stat) -> Key {
         Key {
-            dev: (u64::from(stat.stx_dev_major) << 32) | u64::from(stat.stx_dev_minor),
+            dev: device(stat),
             ino: stat.stx_ino,
             mnt: stat.stx_mnt_id,
         }
@@ -52,7 +60,12 @@ impl Key {
     }
 }
 
-#[derive(FromZeros)]
+/// The device that an inode lies on.
+pub(super) fn device(stat: &Stat) -> u64 {
+    (u64::from(stat.stx_dev_major) << 32) | u64::from(stat.stx_dev_minor)
+}
+
+#[derive(FromBytes)]
 #[repr(C)]
 pub(super) struct Inode {
     lookups: AtomicU64,
@@ -63,6 +76,9 @@ pub(super) struct Inode {
     /// Length of the file handle; 0 while it has not been asked for.
     handle_bytes: AtomicU32,
     handle_kind: AtomicI32,
+    flags: AtomicU32,
+    /// Open files and directories of it.
+    opens: AtomicU32,
     _pad: u32,
     handle: [AtomicU64; INLINE / 8],
 }
@@ -71,7 +87,7 @@ pub(super) struct Inode {
 const INLINE: usize = 32;
 
 /// The rest of a long file handle, such as a network file system's.
-type Tail = [AtomicU64; (FileHandle::MAX - INLINE) / 8];
+pub(super) type Tail = [AtomicU64; (FileHandle::MAX - INLINE) / 8];
 
 impl Record for Inode {
     fn retire(&self, fd: i32) {
@@ -87,6 +103,8 @@ impl Inode {
         self.mnt.store(key.mnt, Relaxed);
         self.kind.store(kind, Relaxed);
         self.handle_bytes.store(0, Relaxed);
+        self.flags.store(0, Relaxed);
+        self.opens.store(0, Relaxed);
     }
 
     fn key(&self) -> Key {
@@ -124,6 +142,14 @@ impl Inode {
         // Pairs with the acquire in `handle`.
         self.handle_bytes.store(handle.bytes, Release);
     }
+}
+
+/// In `flags`: its descriptor is in the fd store.
+const KEPT: u32 = 1 << 0;
+
+/// Lookups that the guest has to take back.
+fn count_of(inode: &Inode) -> u64 {
+    inode.lookups.load(Relaxed)
 }
 
 fn words_of(bytes: u32) -> usize {
@@ -241,10 +267,22 @@ enum Known<'a> {
 pub(super) struct Inodes {
     table: Table<Inode>,
     /// By index of the table; those that are never written cost no memory.
-    tails: Box<[Tail]>,
+    tails: Placed<Tail>,
     mounts: Mounts,
     ring: SpinMutex<Ring>,
     forgotten: Forgotten,
+    vault: Vault,
+    /// The table outlives the process.
+    lasting: bool,
+    /// The operator has been told that inodes are lost.
+    told: AtomicBool,
+}
+
+/// The part of a device's memory that is about inodes.
+pub(super) struct InodeHome {
+    pub(super) slots: Placed<Slot<Inode>>,
+    pub(super) tails: Placed<Tail>,
+    pub(super) lasting: bool,
 }
 
 /// A node id that the table refuses.
@@ -257,23 +295,29 @@ fn refused(missing: Missing) -> Errno {
 }
 
 impl Inodes {
-    /// A table whose root is the directory behind `root`.
-    pub(super) fn new(root: Fd, capacity: u32, hot: u32) -> Result<Inodes, Errno> {
+    /// The inodes in `home`, or, if it is new, the directory behind `root` alone.
+    pub(super) fn new(root: Fd, home: InodeHome, hot: u32, vault: Vault) -> Result<Inodes, Errno> {
         let stat = sys::stat_fd(root.raw())?;
-        let table = Table::new(capacity, capacity).ok_or(Errno::ENOMEM)?;
-        let slots = <[u64]>::new_box_zeroed_with_elems(hot.max(1) as usize);
-        let tails = <[Tail]>::new_box_zeroed_with_elems((capacity as usize).saturating_add(1));
+        let ring = <[u64]>::new_box_zeroed_with_elems(hot.max(1) as usize);
+        let buckets = u32::try_from(home.slots.len()).unwrap_or(u32::MAX);
         let inodes = Inodes {
-            table,
-            tails: tails.map_err(|_| Errno::ENOMEM)?,
+            table: Table::over(home.slots, buckets).ok_or(Errno::ENOMEM)?,
+            tails: home.tails,
             mounts: Mounts::new(),
             ring: SpinMutex::new(Ring {
-                slots: slots.map_err(|_| Errno::ENOMEM)?,
+                slots: ring.map_err(|_| Errno::ENOMEM)?,
                 hand: 0,
             }),
-            forgotten: Forgotten::new(capacity),
+            forgotten: Forgotten::new(buckets),
+            vault,
+            lasting: home.lasting,
+            told: AtomicBool::new(false),
         };
         let key = Key::of(&stat);
+        if inodes.table.live() != 0 {
+            inodes.recount_forgotten();
+            return Ok(inodes);
+        }
         inodes.mounts.meet(key.mnt, root.raw(), libc::S_IFDIR);
         let vacant = inodes.table.reserve().ok_or(Errno::ENOMEM)?;
         vacant.record().fill(&key, libc::S_IFDIR);
@@ -318,11 +362,9 @@ impl Inodes {
 
     fn warm(&self, pin: &Pinned<'_, Inode>) -> Result<i32, Errno> {
         let inode = pin.record();
-        let handle = self.handle_of(pin).ok_or(Errno::ESTALE)?;
-        let mount = self
-            .mounts
-            .get(inode.mnt.load(Relaxed))
-            .ok_or(Errno::ESTALE)?;
+        let handle = self.handle_of(pin).ok_or_else(|| self.lost(pin))?;
+        let mount = self.mounts.get(inode.mnt.load(Relaxed));
+        let mount = mount.ok_or_else(|| self.lost(pin))?;
         let fd = self.with_fds(|| sys::open_handle(mount.fd, &handle))?;
         self.install(pin, fd);
         pin.fd().ok_or(Errno::EMFILE)
@@ -496,6 +538,7 @@ impl Inodes {
     ) -> Result<u64, Errno> {
         let (key, kind) = (Key::of(stat), attr::kind(stat));
         self.mounts.meet(key.mnt, fd.raw(), kind);
+        let mut handle = None;
         for _ in 0..16 {
             match self.known(&key, kind) {
                 Known::Counted(id) => return Ok(id),
@@ -513,12 +556,21 @@ impl Inodes {
                 Known::No => {
                     // Before the lock, because others may have to make way.
                     let vacant = place.take().map_or_else(|| self.reserve(), Ok)?;
+                    if self.lasting && handle.is_none() {
+                        // Before the lock, which must not wait for a file system.
+                        handle = Some(sys::file_handle(fd.raw(), c""));
+                    }
                     let shard = self.table.lock(key.hash());
                     if shard.find(|inode| inode.key() == key).is_some() {
                         place = Some(vacant);
                         continue;
                     }
                     vacant.record().fill(&key, kind);
+                    if let (Some(Ok(handle)), Some(tail)) =
+                        (&handle, self.tails.get(vacant.index() as usize))
+                    {
+                        vacant.record().set_handle(handle, tail);
+                    }
                     let pin = vacant.publish(Some(fd.into_raw()));
                     shard.link(&pin);
                     drop(shard);
@@ -566,8 +618,10 @@ impl Inodes {
             return true;
         }
         let gone = shard.remove(&pin);
+        drop(shard);
         if gone {
             self.forgotten.leave(before);
+            self.unkeep(&pin);
         }
         gone
     }
@@ -581,8 +635,11 @@ impl Inodes {
             if pin.id() != FUSE_ROOT_ID {
                 let shard = self.table.lock(pin.record().key().hash());
                 let before = pin.record().lookups.swap(0, Relaxed);
-                if shard.remove(&pin) {
+                let gone = shard.remove(&pin);
+                drop(shard);
+                if gone {
                     self.forgotten.leave(before);
+                    self.unkeep(&pin);
                 }
             }
         }

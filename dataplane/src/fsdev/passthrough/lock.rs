@@ -2,7 +2,8 @@
 //!
 //! Every pair of inode and lock owner has an open file description of its own, and the locks are those of the
 //! description (`F_OFD_SETLK`). So the host's kernel keeps them, and owners conflict wherever they are: in one guest, in
-//! guests of other devices on the same export, or in the host. Closing the description drops all its locks at once.
+//! guests of other devices on the same export, or in the host. Closing the description drops all its locks at once, so it
+//! goes to the fd store before the guest hears that it has the first one.
 
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU32;
@@ -10,12 +11,14 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use ferry_shared::errno::Errno;
-use zerocopy::FromZeros;
+use zerocopy::FromBytes;
 
 use super::sys::{self, Fd, FileId, RangeLock};
+use super::vault::{Kind, Vault};
 use super::{deadlock, fdinfo};
-use crate::fsdev::table::{Pinned, Record, Table};
+use crate::fsdev::table::{Pinned, Record, Slot, Table};
 use crate::fuse::abi::{fuse_file_lock, fuse_lk_in};
+use crate::recovery::placed::Placed;
 
 /// Counts the occasions on which a lock may have been released, in any device.
 static EPOCH: AtomicU64 = AtomicU64::new(0);
@@ -33,7 +36,7 @@ pub(super) fn epoch() -> u64 {
 /// Locks end at the largest offset when they cover whatever the file grows to.
 const END_OF_FILE: u64 = i64::MAX as u64;
 
-#[derive(FromZeros)]
+#[derive(FromBytes)]
 #[repr(C)]
 pub(super) struct Owner {
     nodeid: AtomicU64,
@@ -42,7 +45,8 @@ pub(super) struct Owner {
     fh: AtomicU64,
     /// The process in the guest that locked last.
     pid: AtomicI32,
-    _pad: AtomicU32,
+    /// 1 once the fd store has its description.
+    kept: AtomicU32,
 }
 
 impl Record for Owner {
@@ -92,19 +96,76 @@ static DEVICES: AtomicU64 = AtomicU64::new(0);
 /// All lock owners of a device.
 pub(super) struct Locks {
     table: Table<Owner>,
+    vault: Vault,
     number: u64,
 }
 
 impl Locks {
-    pub(super) fn new(capacity: u32) -> Result<Locks, Errno> {
-        let table = Table::new(capacity, capacity).ok_or(Errno::ENOMEM)?;
+    /// The owners in `slots`.
+    pub(super) fn new(slots: Placed<Slot<Owner>>, vault: Vault) -> Result<Locks, Errno> {
+        let buckets = u32::try_from(slots.len()).unwrap_or(u32::MAX);
+        let table = Table::over(slots, buckets).ok_or(Errno::ENOMEM)?;
         let number = DEVICES.fetch_add(1, Relaxed);
-        Ok(Locks { table, number })
+        Ok(Locks {
+            table,
+            vault,
+            number,
+        })
     }
 
     /// The device's number in this process.
     pub(super) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Goes on with the owners of an earlier process. Those whose descriptions are gone have lost their locks.
+    pub(super) fn take_over(&self) {
+        self.table
+            .relink(|o| Some(hash(o.nodeid.load(Relaxed), o.owner.load(Relaxed))));
+        for index in self.table.indexes() {
+            let Some(pin) = self.table.pin_index(index) else {
+                continue;
+            };
+            if pin.fd().is_some() {
+                continue;
+            }
+            // One that was never kept was never granted a lock that the guest has heard of.
+            if pin.record().kept.load(Relaxed) != 0 {
+                tracing::warn!(
+                    nodeid = pin.record().nodeid.load(Relaxed),
+                    "the POSIX locks of an owner in a guest are lost with the restart: the service manager has not kept \
+                     their description"
+                );
+            }
+            self.end(&pin);
+        }
+    }
+
+    /// Takes back the description of an owner; `false` when there is no such owner.
+    pub(super) fn take_back(&self, id: u64, fd: Fd) -> bool {
+        let Ok(pin) = self.table.pin_quietly(id) else {
+            return false;
+        };
+        pin.record().kept.store(1, Relaxed);
+        if pin.install(fd.raw()) {
+            fd.into_raw();
+        }
+        true
+    }
+
+    /// Ends an owner.
+    fn end(&self, pin: &Pinned<'_, Owner>) {
+        let owner = pin.record();
+        let key = hash(owner.nodeid.load(Relaxed), owner.owner.load(Relaxed));
+        if self.table.lock(key).remove(pin) {
+            self.unkeep(pin);
+        }
+    }
+
+    fn unkeep(&self, pin: &Pinned<'_, Owner>) {
+        if pin.record().kept.load(Relaxed) != 0 {
+            self.vault.remove(Kind::Owner, pin.id());
+        }
     }
 
     pub(super) fn live(&self) -> u32 {
@@ -140,6 +201,7 @@ impl Locks {
         vacant.record().owner.store(owner, Relaxed);
         vacant.record().fh.store(0, Relaxed);
         vacant.record().pid.store(0, Relaxed);
+        vacant.record().kept.store(0, Relaxed);
         let pin = vacant.publish(Some(fd.into_raw()));
         shard.link(&pin);
         Ok(pin)
@@ -169,6 +231,13 @@ impl Locks {
         sys::set_range_lock(found.fd().ok_or(Errno::ENOLCK)?, lock)?;
         found.record().fh.store(arg.fh, Relaxed);
         found.record().pid.store(arg.lk.pid as i32, Relaxed);
+        let kept = &found.record().kept;
+        if kept.load(Relaxed) == 0
+            && let Some(fd) = found.fd()
+            && self.vault.put(Kind::Owner, found.id(), fd)
+        {
+            kept.store(1, Relaxed);
+        }
         deadlock::taken();
         Ok(())
     }
@@ -180,8 +249,9 @@ impl Locks {
         let shard = self
             .table
             .lock(hash(owner.nodeid.load(Relaxed), owner.owner.load(Relaxed)));
-        if found.is_sole() {
-            shard.remove(&found);
+        if found.is_sole() && shard.remove(&found) {
+            drop(shard);
+            self.unkeep(&found);
         }
     }
 
@@ -249,7 +319,7 @@ impl Locks {
     /// Drops all locks of an owner on an inode.
     pub(super) fn drop_owner(&self, nodeid: u64, owner: u64) {
         if let Some(found) = self.find(nodeid, owner) {
-            self.table.lock(hash(nodeid, owner)).remove(&found);
+            self.end(&found);
         }
     }
 
@@ -276,10 +346,8 @@ impl Locks {
             let Some(pin) = self.table.pin_index(index) else {
                 continue;
             };
-            let owner = pin.record();
-            if wanted(owner) {
-                let key = hash(owner.nodeid.load(Relaxed), owner.owner.load(Relaxed));
-                self.table.lock(key).remove(&pin);
+            if wanted(pin.record()) {
+                self.end(&pin);
             }
         }
     }

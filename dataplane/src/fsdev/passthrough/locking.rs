@@ -105,6 +105,9 @@ impl Passthrough {
                     },
                 );
                 lock::released();
+                if done.is_ok() {
+                    file.keep_locked();
+                }
                 done
             }
         }

@@ -23,6 +23,8 @@ mod dir;
 mod fdinfo;
 mod file;
 mod handle;
+mod home;
+mod hot;
 mod identity;
 mod ids;
 mod inode;
@@ -31,7 +33,9 @@ mod locking;
 mod meta;
 mod mounts;
 mod names;
+mod once;
 mod sys;
+mod vault;
 mod xattr;
 
 use alloc::ffi::CString;
@@ -47,11 +51,16 @@ use ferry_shared::export::{Cache, Squash};
 use ferry_shared::msg::{AioSpec, Failure, Placement};
 
 use self::handle::Handles;
-use self::inode::Inodes;
+use self::home::Home;
+use self::hot::Hot;
+use self::inode::{InodeHome, Inodes};
 use self::lock::Locks;
+use self::vault::{Kind, Vault};
 use super::{Caller, DirSink, FsDev, IoOp, IoResult, Negotiated, Offer, Pin};
 use crate::fuse::abi::*;
 use crate::mem::Segments;
+use crate::os::fdstore::FdStore;
+use crate::recovery::region::Area;
 
 /// Sizes of a device's tables. Unused entries cost address space only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +95,7 @@ pub struct Passthrough {
     // Dropped in this order: locks and handles belong to inodes.
     locks: Arc<Locks>,
     handles: Handles,
-    inodes: Inodes,
+    inodes: Arc<Inodes>,
     /// INIT flags of the mount.
     granted: AtomicU64,
     /// Odd while there is a mount; goes up when one begins or ends.
@@ -94,6 +103,9 @@ pub struct Passthrough {
     spec: AioSpec,
     /// The export is on a file system that can stall.
     remote: bool,
+    hot: Hot,
+    /// Where the tables lie, if they outlive the process.
+    area: Option<Area>,
 }
 
 impl Passthrough {
@@ -104,6 +116,45 @@ impl Passthrough {
 
     /// As [`Passthrough::new`], with tables of these sizes.
     pub fn with_capacity(spec: &AioSpec, capacity: Capacity) -> Result<Passthrough, Failure> {
+        let home = Home::on_heap(&capacity).ok_or(Errno::ENOMEM);
+        Passthrough::open(spec, capacity.hot_inodes, home, Vault::default())
+    }
+
+    /// Bytes of recovery memory for tables of these sizes.
+    pub fn area_len(capacity: &Capacity) -> Option<u64> {
+        home::area_len(capacity)
+    }
+
+    /// As [`Passthrough::new`], with tables in recovery memory, which they must fit; `store` keeps what cannot be opened
+    /// again. Goes on with what an earlier process has left in the area, until [`FsDev::mount`] or [`FsDev::unmount`] ends it.
+    pub fn in_area(
+        spec: &AioSpec,
+        capacity: Capacity,
+        area: &Area,
+        store: Option<Arc<FdStore>>,
+    ) -> Result<Passthrough, Failure> {
+        let vault = Vault::new(store, area.name());
+        let home = Home::in_area(area, &capacity);
+        let device = Passthrough::open(spec, capacity.hot_inodes, home, vault)?;
+        Ok(Passthrough {
+            area: Some(area.clone()),
+            ..device
+        })
+    }
+
+    /// Nobody needs the tables any more: their memory goes with them.
+    pub fn discard(&self) {
+        if let Some(area) = &self.area {
+            area.discard();
+        }
+    }
+
+    fn open(
+        spec: &AioSpec,
+        hot: u32,
+        home: Result<Home, Errno>,
+        vault: Vault,
+    ) -> Result<Passthrough, Failure> {
         let path = &spec.root_path;
         let c_path = CString::new(path.as_str()).map_err(|_| {
             Failure::new(
@@ -111,7 +162,8 @@ impl Passthrough {
                 format!("root_path {path:?} contains a NUL byte"),
             )
         })?;
-        let root = sys::open_path(&c_path, libc::O_PATH | libc::O_DIRECTORY).map_err(|errno| {
+        let open_root = || sys::open_path(&c_path, libc::O_PATH | libc::O_DIRECTORY);
+        let root = open_root().map_err(|errno| {
             let detail = match errno {
                 Errno::ENOENT => format!("root_path {path:?} does not exist; create it first"),
                 Errno::ENOTDIR => format!("root_path {path:?} is not a directory"),
@@ -119,22 +171,62 @@ impl Passthrough {
             };
             Failure::new(errno, detail)
         })?;
-        let remote = sys::statfs(root.raw()).is_ok_and(|s| is_remote(s.f_type));
+        let kind = sys::statfs(root.raw()).map_or(0, |s| s.f_type);
+        let remote = is_remote(kind);
+        let transfers = Hot::new(root.raw(), kind, remote, spec.metadata);
         let failed = |errno| {
-            let detail = format!("cannot set up the inode tables for root_path {path:?}");
+            let detail = match errno {
+                Errno::ESTALE => format!(
+                    "root_path {path:?} is not the directory that it was before the restart; put that one back, or have the \
+                     guest unmount and delete the fsdev"
+                ),
+                _ => format!("cannot set up the inode tables for root_path {path:?}"),
+            };
             Failure::new(errno, detail)
         };
-        let locks = Arc::new(Locks::new(capacity.lock_owners).map_err(failed)?);
+        let home = home.map_err(failed)?;
+        let inode_home = InodeHome {
+            slots: home.inodes,
+            tails: home.tails,
+            lasting: home.lasting,
+        };
+        let inodes = Inodes::new(root, inode_home, hot, vault.clone()).map_err(failed)?;
+        let inodes = Arc::new(inodes);
+        let locks = Arc::new(Locks::new(home.owners, vault.clone()).map_err(failed)?);
         deadlock::enlist(&locks);
-        Ok(Passthrough {
+        let device = Passthrough {
             locks,
-            handles: Handles::new(capacity.handles).map_err(failed)?,
-            inodes: Inodes::new(root, capacity.inodes, capacity.hot_inodes).map_err(failed)?,
+            handles: Handles::new(home.handles, &inodes, vault.clone()).map_err(failed)?,
+            inodes,
             granted: AtomicU64::new(0),
             session: AtomicU64::new(0),
             spec: spec.clone(),
             remote,
-        })
+            hot: transfers,
+            area: None,
+        };
+        if !device.inodes.has_root() {
+            let taken = open_root().and_then(|root| device.inodes.take_over(root, path));
+            if let Err(errno) = taken {
+                // Not dropped, which would forget what may still be taken over once the directory is back.
+                core::mem::forget(device);
+                return Err(failed(errno));
+            }
+            for (kind, id, fd) in vault.take_all() {
+                let known = match kind {
+                    Kind::Inode => device.inodes.take_back(id, fd),
+                    Kind::Handle => device.handles.take_back(id, fd),
+                    Kind::Owner => device.locks.take_back(id, fd),
+                };
+                if !known {
+                    vault.remove(kind, id);
+                }
+            }
+            device.inodes.sweep();
+            device.handles.take_over();
+            device.locks.take_over();
+        }
+        Ok(device)
     }
 
     /// How many inodes (the root included), open files and lock owners there are.
@@ -206,10 +298,11 @@ fn is_remote(kind: i64) -> bool {
 }
 
 impl FsDev for Passthrough {
+    /// Not with `ATOMIC_O_TRUNC`: an OPEN comes before the guest's kernel refuses to write to a program that runs, and
+    /// would have emptied it.
     fn offer(&self) -> Offer {
         let mut flags = FUSE_POSIX_LOCKS
             | FUSE_FLOCK_LOCKS
-            | FUSE_ATOMIC_O_TRUNC
             | FUSE_EXPORT_SUPPORT
             | FUSE_DONT_MASK
             | FUSE_AUTO_INVAL_DATA
@@ -240,6 +333,11 @@ impl FsDev for Passthrough {
         self.granted.store(negotiated.flags, Relaxed);
         self.session.fetch_or(1, Release);
         Ok(())
+    }
+
+    fn resume(&self, negotiated: Negotiated) {
+        self.granted.store(negotiated.flags, Relaxed);
+        self.session.fetch_or(1, Release);
     }
 
     fn unmount(&self) {
@@ -396,7 +494,9 @@ impl FsDev for Passthrough {
         nodeid: u64,
         arg: &fuse_open_in,
     ) -> Result<fuse_open_out, Errno> {
-        self.do_open(caller, nodeid, arg.flags, arg.open_flags)
+        // The guest's kernel sets the size itself, once it knows that nobody runs the file: see `offer`.
+        let flags = arg.flags & !(libc::O_TRUNC as u32);
+        self.do_open(caller, nodeid, flags, arg.open_flags)
     }
 
     fn create(

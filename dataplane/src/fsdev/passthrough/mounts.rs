@@ -1,13 +1,17 @@
 //! The mounts that make up an export, and a descriptor on each to reopen its inodes by file handle.
 
+use alloc::ffi::CString;
+use alloc::format;
+use alloc::vec::Vec;
 use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
+use ferry_shared::errno::Errno;
 use spin::mutex::SpinMutex;
 
-use super::sys;
+use super::sys::{self, Fd};
 
 /// Mounts that are remembered; inodes on further ones keep their descriptors.
 const MOUNTS: usize = 64;
@@ -88,6 +92,39 @@ impl Mounts {
         }
         drop(adding);
     }
+}
+
+/// A mount of this process's namespace.
+pub(super) struct Present {
+    /// Its number.
+    pub(super) id: u64,
+    /// Its device.
+    pub(super) dev: u64,
+    /// Its root directory.
+    pub(super) root: Fd,
+}
+
+/// The mounts below a directory. Allocates; only for the start.
+pub(super) fn below(path: &str) -> Result<Vec<Present>, Errno> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
+    let prefix = format!("{}/", path.trim_end_matches('/'));
+    // The fifth field is the mount point; the kernel writes blanks in it as octal numbers.
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+    let points = points.map(|point| point.replace("\\040", " ").replace("\\134", "\\"));
+    let below = points.filter(|point| point.starts_with(&prefix));
+    Ok(below
+        .filter_map(|point| {
+            let point = CString::new(point).ok()?;
+            let root = sys::open_path(&point, libc::O_PATH | libc::O_DIRECTORY).ok()?;
+            let stat = sys::stat_fd(root.raw()).ok()?;
+            Some(Present {
+                id: stat.stx_mnt_id,
+                dev: super::inode::device(&stat),
+                root,
+            })
+        })
+        .collect())
 }
 
 impl Drop for Mounts {

@@ -6,7 +6,7 @@ use ferry_shared::errno::Errno;
 
 use super::inode::Node;
 use super::sys::{self, ProcPath, Stat};
-use super::{Passthrough, attr, valid_for};
+use super::{Passthrough, attr, once, valid_for};
 use crate::fsdev::Caller;
 use crate::fuse::abi::{
     FUSE_ATTR_SUBMOUNT, FUSE_EXPORT_SUPPORT, FUSE_ROOT_ID, FUSE_SUBMOUNTS, fuse_attr_out,
@@ -184,7 +184,7 @@ impl Passthrough {
         self.expect_writable()?;
         let dir = self.inodes.get(nodeid)?;
         dir.expect_dir()?;
-        {
+        if !once::is_made(caller, dir.fd(), name, None)? {
             let _caller = self.act_as(caller, umask)?;
             make(dir.fd())?;
         }
@@ -231,6 +231,10 @@ impl Passthrough {
     ) -> Result<(), Errno> {
         self.expect_writable()?;
         let dir = self.inodes.get(nodeid)?;
+        if once::is_removed(caller, dir.fd(), name)? {
+            return Ok(());
+        }
+        self.inodes.keep_doomed(dir.fd(), name);
         let _caller = self.act_if_squashed(caller)?;
         sys::unlink(dir.fd(), name, flags)
     }
@@ -250,6 +254,12 @@ impl Passthrough {
         self.expect_writable()?;
         let old = self.inodes.get(nodeid)?;
         let new = self.inodes.get(newdir)?;
+        if once::is_renamed(caller, (old.fd(), name), (new.fd(), newname))? {
+            return Ok(());
+        }
+        if flags & (libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) == 0 {
+            self.inodes.keep_doomed(new.fd(), newname);
+        }
         let _caller = self.act_if_squashed(caller)?;
         sys::rename(old.fd(), name, new.fd(), newname, flags)
     }
@@ -264,7 +274,12 @@ impl Passthrough {
         self.expect_writable()?;
         let dir = self.inodes.get(nodeid)?;
         let old = self.inodes.get(oldnodeid)?;
-        {
+        let of = if caller.journal.is_on() {
+            Some(sys::stat_fd(old.fd())?)
+        } else {
+            None
+        };
+        if !once::is_made(caller, dir.fd(), name, of.as_ref())? {
             let _caller = self.act_if_squashed(caller)?;
             sys::link(old.fd(), dir.fd(), name)?;
         }

@@ -8,6 +8,7 @@
 
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
+use std::sync::OnceLock;
 
 use ferry_shared::errno::Errno;
 
@@ -40,6 +41,11 @@ fn check_size(ret: isize) -> Result<usize, Errno> {
 pub(super) struct Fd(i32);
 
 impl Fd {
+    /// Takes a descriptor over.
+    pub(super) fn from_raw(fd: i32) -> Fd {
+        Fd(fd)
+    }
+
     pub(super) fn raw(&self) -> i32 {
         self.0
     }
@@ -100,6 +106,14 @@ impl ProcPath {
     pub(super) fn path(&self) -> &CStr {
         CStr::from_bytes_until_nul(&self.0).unwrap_or(EMPTY)
     }
+
+    /// The last component.
+    fn number(&self) -> &CStr {
+        let path = self.path().to_bytes_with_nul();
+        let at = path.iter().rposition(|&b| b == b'/');
+        let name = at.and_then(|at| path.get(at + 1..)).unwrap_or_default();
+        CStr::from_bytes_with_nul(name).unwrap_or(EMPTY)
+    }
 }
 
 #[repr(C)]
@@ -144,10 +158,31 @@ pub(super) fn open_parent(dir: i32) -> Result<Fd, Errno> {
 
 /// Opens the very object behind `fd` again, with other flags. The caller knows its type: opening a FIFO would wait.
 pub(super) fn reopen(fd: i32, flags: i32) -> Result<Fd, Errno> {
+    /// `/proc/self/fd`, held open: from there it is one step instead of four.
+    static DESCRIPTORS: OnceLock<Option<Fd>> = OnceLock::new();
     let path = ProcPath::new(fd);
     let flags = flags | libc::O_CLOEXEC | libc::O_NOCTTY;
-    // SAFETY: the path is NUL-terminated.
-    check(unsafe { libc::open(path.path().as_ptr(), flags) }).map(Fd)
+    let held = DESCRIPTORS
+        .get_or_init(|| open_path(c"/proc/self/fd", libc::O_PATH | libc::O_DIRECTORY).ok());
+    let (dir, name) = match held {
+        Some(dir) => (dir.raw(), path.number()),
+        None => (libc::AT_FDCWD, path.path()),
+    };
+    // SAFETY: the name is NUL-terminated.
+    check(unsafe { libc::openat(dir, name.as_ptr(), flags) }).map(Fd)
+}
+
+/// Reads from a file at an offset.
+pub(super) fn read_at(fd: i32, out: &mut [u8], at: u64) -> Result<usize, Errno> {
+    let at = i64::try_from(at).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: `out` has room for `out.len()` bytes.
+    check_size(unsafe { libc::pread(fd, out.as_mut_ptr().cast(), out.len(), at) })
+}
+
+/// The flags of an open file.
+pub(super) fn flags_of(fd: i32) -> Result<i32, Errno> {
+    // SAFETY: takes no pointer.
+    check(unsafe { libc::fcntl(fd, libc::F_GETFL) })
 }
 
 /// An unnamed file in a directory.

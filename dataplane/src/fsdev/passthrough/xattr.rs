@@ -10,9 +10,9 @@ use core::ffi::CStr;
 use ferry_shared::errno::Errno;
 use ferry_shared::export::{XATTR_NAME_MAX, XattrName};
 
-use super::Passthrough;
 use super::ids::MAX_ACL;
 use super::sys::{self, ProcPath};
+use super::{Passthrough, once};
 use crate::fsdev::Caller;
 use crate::fuse::abi::{FUSE_POSIX_ACL, FUSE_SETXATTR_ACL_KILL_SGID};
 
@@ -79,6 +79,10 @@ impl Passthrough {
         let host = self.xattr_name(name)?;
         let node = self.inodes.get(nodeid)?;
         let path = ProcPath::new(node.fd());
+        let creates = flags & libc::XATTR_CREATE as u32 != 0;
+        if creates && once::is_set(caller, path.path(), host.as_c_str(), value) {
+            return Ok(());
+        }
         let _caller = self.act_if_squashed(caller)?;
         if is_acl(name) && self.maps_ids() {
             let mut acl = [0; MAX_ACL];
@@ -171,7 +175,11 @@ impl Passthrough {
         self.expect_writable()?;
         let host = self.xattr_name(name)?;
         let node = self.inodes.get(nodeid)?;
+        let path = ProcPath::new(node.fd());
+        if once::is_unset(caller, path.path(), host.as_c_str()) {
+            return Ok(());
+        }
         let _caller = self.act_if_squashed(caller)?;
-        sys::remove_xattr(ProcPath::new(node.fd()).path(), host.as_c_str())
+        sys::remove_xattr(path.path(), host.as_c_str())
     }
 }

@@ -2,10 +2,10 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 
 use super::{Missing, Probe, Record, Table};
-use zerocopy::FromZeros;
+use zerocopy::FromBytes;
 
 /// Remembers, in place of closing, how often each of its descriptors was retired.
-#[derive(FromZeros)]
+#[derive(FromBytes)]
 #[repr(C)]
 struct Counted {
     key: AtomicU64,

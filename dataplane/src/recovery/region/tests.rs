@@ -13,7 +13,7 @@ fn areas_and_cells_are_found_again() {
     region.cells_mut().put("spec", b"value").unwrap();
     let area = region.add_area("tables", 3 * PAGE - 5).unwrap();
     assert_eq!(area.len(), 3 * PAGE);
-    let words = area.place::<AtomicU64>(PAGE, 2).unwrap();
+    let words = area.words(PAGE, 2).unwrap();
     words[1].store(77, Ordering::Relaxed);
     assert_eq!(region.generation(), 1);
     drop((words, area));
@@ -23,7 +23,7 @@ fn areas_and_cells_are_found_again() {
     assert_eq!(region.cells().get("spec"), Some(b"value".to_vec()));
     assert_eq!(region.areas(), ["tables"]);
     let area = region.area("tables").unwrap().unwrap();
-    let words = area.place::<AtomicU64>(PAGE, 2).unwrap();
+    let words = area.words(PAGE, 2).unwrap();
     assert_eq!(words[1].load(Ordering::Relaxed), 77);
     assert!(region.area("other").unwrap().is_none());
 }
@@ -33,7 +33,7 @@ fn records_outside_an_area_or_across_their_alignment_are_refused() {
     let region = Region::create().unwrap();
     let area = region.add_area("a", PAGE).unwrap();
     let words = PAGE as usize / WORD;
-    assert!(area.place::<AtomicU64>(0, words).is_ok());
+    assert!(area.words(0, words).is_ok());
     for (at, count) in [
         (0, words + 1),
         (PAGE, 1),
@@ -41,7 +41,7 @@ fn records_outside_an_area_or_across_their_alignment_are_refused() {
         (u64::MAX, 1),
         (8, usize::MAX),
     ] {
-        assert!(area.place::<AtomicU64>(at, count).is_err(), "{at} {count}");
+        assert!(area.words(at, count).is_err(), "{at} {count}");
     }
 }
 
@@ -50,7 +50,7 @@ fn a_discarded_area_goes_with_its_last_user_and_comes_back_zeroed() {
     let region = Region::create().unwrap();
     let area = region.add_area("a", PAGE).unwrap();
     let second = region.add_area("b", PAGE).unwrap();
-    let words = area.place::<AtomicU64>(0, 1).unwrap();
+    let words = area.words(0, 1).unwrap();
     words[0].store(1, Ordering::Relaxed);
     area.discard();
     drop(area);
@@ -63,10 +63,7 @@ fn a_discarded_area_goes_with_its_last_user_and_comes_back_zeroed() {
     assert_eq!(region.areas(), ["b"]);
     let again = region.add_area("c", PAGE).unwrap();
     assert_eq!(again.0.extent.offset, AREAS_AT);
-    assert_eq!(
-        again.place::<AtomicU64>(0, 1).unwrap()[0].load(Ordering::Relaxed),
-        0
-    );
+    assert_eq!(again.words(0, 1).unwrap()[0].load(Ordering::Relaxed), 0);
     // Not discarded: the process ends, the area stays.
     drop((again, second));
     assert_eq!(Region::adopt(left_by(region)).unwrap().areas(), ["b", "c"]);

@@ -157,3 +157,46 @@ fn interrupts_move_for_running_and_for_paused_queues() {
     queues.resume(&mut cores);
     assert!(cores.started[2..].iter().all(|s| s.call.is_some()));
 }
+
+#[test]
+fn a_queue_that_is_to_be_placed_anew_stops_where_it_stands_and_goes_on_there() {
+    let (mut queues, mut cores) = two_running();
+    queues.start_again(QueueIdx(1), &mut cores);
+    assert_eq!(cores.take(), [Asked::Stop(1)]);
+    // It is on its way already, and what does not run is not placed.
+    for index in [1, 2, 99] {
+        queues.start_again(QueueIdx(index), &mut cores);
+    }
+    assert_eq!(cores.take(), []);
+    assert_eq!(queues.event(stopped(1, 6, 5), &mut cores), None);
+    assert_eq!(cores.take(), [Asked::Start(1)]);
+    let again = &cores.started[2];
+    assert_eq!((again.config.state.avail, again.config.state.used), (6, 5));
+}
+
+#[test]
+fn a_pause_a_stop_and_a_reset_win_over_a_queue_that_is_being_placed() {
+    let (mut queues, mut cores) = two_running();
+    queues.start_again(QueueIdx(0), &mut cores);
+    queues.pause(&mut cores);
+    cores.take();
+    assert_eq!(queues.event(stopped(0, 4, 4), &mut cores), None);
+    assert_eq!(queues.event(stopped(1, 2, 2), &mut cores), None);
+    assert!(queues.is_paused());
+    assert_eq!(cores.take(), []);
+
+    let (mut queues, mut cores) = two_running();
+    queues.start_again(QueueIdx(0), &mut cores);
+    assert!(!queues.stop(QueueIdx(0), &mut cores));
+    cores.take();
+    let notice = queues.event(stopped(0, 4, 4), &mut cores);
+    assert_eq!(notice, Some(Notice::Stopped(QueueIdx(0))));
+    assert_eq!(cores.take(), []);
+
+    let (mut queues, mut cores) = two_running();
+    queues.start_again(QueueIdx(0), &mut cores);
+    assert!(!queues.reset(&mut cores));
+    assert_eq!(queues.event(stopped(1, 0, 0), &mut cores), None);
+    let notice = queues.event(stopped(0, 4, 4), &mut cores);
+    assert_eq!(notice, Some(Notice::ResetDone));
+}

@@ -111,6 +111,17 @@ impl ConfigSpace {
         }
     }
 
+    /// What a later process needs.
+    pub(crate) fn saved(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Takes over what was written when a former process served the function; only writable bits can differ.
+    pub(crate) fn restore(&mut self, saved: &[u8]) -> bool {
+        self.write(0, saved);
+        saved.len() == self.bytes.len()
+    }
+
     /// Takes every register back to its state after power-on.
     pub(crate) fn reset(&mut self) {
         self.bytes = self.initial;

@@ -2,27 +2,36 @@
 //!
 //! Owns the listening socket, the connection and the answers that wait for the cores. It must never wait itself; the
 //! management thread calls it when a descriptor is ready or a core has reported something. A peer that breaks the protocol
-//! loses its connection, which resets the function, and nothing else.
+//! loses its connection, which resets the function, and nothing else. What a command has changed is saved before the command
+//! is taken out of the socket and answered, so that a later process goes on with the same client.
 
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
 use ferry_shared::errno::Errno;
 use ferry_shared::msg::{DeviceSpec, Failure};
 use nix::errno::Errno as SysErrno;
+use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
+use zerocopy::{FromBytes, IntoBytes};
 
-use super::frame::{Inbox, Malformed, Message, Outbox};
+use super::frame::{self, Incoming, Malformed, Message};
 use super::handshake;
 use super::pci::PciFunction;
-use super::serve::{Answer, Served, Until};
+use super::serve::{Answer, Reply, Served, ServedV1, Until};
 use super::wire::{Header, MAX_MSG_FDS, command};
 use crate::engine::Cores;
 use crate::id::{CoreEvent, DeviceId};
+use crate::keeper::Keeper;
+use crate::os::fdstore::Kept;
 use crate::os::poller::{Poller, Token};
-use crate::os::socket::{Listener, Received, Stream};
+use crate::os::socket::{Listener, Stream};
 use crate::platform::EmulatedFunction;
+use crate::transport::link::{Link, LinkV1, Settled};
+use crate::transport::saver::Saver;
+use crate::transport::staged::Staged;
 
 /// Numbers of the descriptors in the poller.
 const LISTENER: u32 = 0;
@@ -31,8 +40,8 @@ const PIN: u32 = 2;
 
 /// Commands carried out before other descriptors get their turn.
 const COMMANDS_PER_TURN: usize = 64;
-/// Answers of one client that may wait for the cores.
-const MAX_POSTPONED: usize = 1024;
+/// Answers of one client that may wait for the cores, before no more commands are read.
+const MAX_POSTPONED: usize = 64;
 
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
@@ -45,8 +54,6 @@ enum Ended {
     Malformed(#[from] Malformed),
     #[error("the client does not begin with a version that is spoken here")]
     Version,
-    #[error("the client leaves too many commands unanswered")]
-    Postponed,
 }
 
 /// An answer that waits for the cores.
@@ -57,17 +64,43 @@ struct Postponed {
     until: Until,
 }
 
+/// A client as it is kept.
+#[derive(Serialize, Deserialize)]
+struct ClientV1 {
+    max_fds: Option<u32>,
+    /// Header and payload. What they waited for has happened with the end of the process, if it was guest memory.
+    postponed: Vec<(Vec<u8>, Vec<u8>, bool)>,
+    served: ServedV1,
+}
+
+/// The transport as it is kept.
+#[derive(Serialize, Deserialize)]
+struct VfioUserV1 {
+    listener: Option<u64>,
+    file: (u64, u64),
+    client: Option<ClientV1>,
+    next: Option<u64>,
+}
+
+/// What the poller was told last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Interest {
+    input: bool,
+    output: bool,
+    /// Only more input counts: a part of a command stays in the socket.
+    partial: bool,
+}
+
 /// A connected client.
 #[derive(Debug)]
 struct Client {
-    stream: Stream,
-    inbox: Inbox,
-    outbox: Outbox,
+    link: Link,
+    /// A part of a command is in the socket.
+    partial: bool,
     /// Descriptors that it takes in one message; not known before the handshake.
     max_fds: Option<usize>,
     postponed: Vec<Postponed>,
-    /// What the poller was told last: whether input is waited for, whether room for output.
-    interest: (bool, bool),
+    interest: Interest,
 }
 
 /// A function behind its socket.
@@ -78,65 +111,124 @@ pub struct VfioUser {
     poller: Arc<Poller>,
     /// `None` while the function is not offered to anybody: not plugged, or closed.
     listener: Option<Listener>,
+    kept: Option<Kept>,
+    saver: Saver,
     client: Option<Client>,
     /// A client that has come while the cores still work for the last one.
-    next: Option<Stream>,
+    next: Option<(Stream, Option<Kept>)>,
     served: Served,
 }
 
 impl VfioUser {
-    /// Makes the function at `place`, and its socket unless it is to be plugged later.
+    /// Makes the function at `place`, and its socket if it is `offered`, or takes over what a former process has kept of
+    /// them; [`VfioUser::adopt`] then goes on with it.
     pub fn open(
         spec: &DeviceSpec,
         id: DeviceId,
         place: &EmulatedFunction,
         socket: &Path,
+        offered: bool,
         poller: Arc<Poller>,
+        keeper: &Keeper,
     ) -> Result<VfioUser, Failure> {
         let failed = |what: &str, e: SysErrno| {
             let detail = format!("cannot {what} of device {}", spec.name);
             Failure::new(Errno::from_raw(e as i32), detail)
         };
-        let function =
-            PciFunction::new(id, spec, place).map_err(|e| failed("make the event counters", e))?;
+        let function = || {
+            let function = PciFunction::new(id, spec, place, keeper);
+            function.map_err(|e| failed("make the event counters", e))
+        };
+        let mut served = Served::new(&spec.name, function()?, keeper);
+        let mut saver = Saver::new(id, keeper);
+        let (saved, link) = match saver.load::<VfioUserV1>() {
+            Some((saved, link)) => (Some(saved), link),
+            None => (None, None),
+        };
+        let listener = saved
+            .as_ref()
+            .and_then(|saved| restore_listener(saved, socket, keeper));
+        let next = saved.as_ref().filter(|_| offered).and_then(|s| s.next);
+        let next = next.and_then(|number| restore_stream(number, keeper));
+        let client = saved.and_then(|s| s.client).zip(link);
+        let client = match client {
+            Some((saved, link)) => {
+                let client = Client::restore(saved, link, &mut served, &saver);
+                if client.is_none() {
+                    tracing::error!(
+                        device = spec.name,
+                        "what was kept of a connection is not usable; the client is disconnected"
+                    );
+                    served = Served::new(&spec.name, function()?, keeper);
+                }
+                client
+            }
+            None => None,
+        };
         let mut device = VfioUser {
             id,
             name: spec.name.clone(),
             poller,
             listener: None,
-            client: None,
-            next: None,
-            served: Served::new(&spec.name, function),
+            kept: None,
+            saver,
+            client,
+            next,
+            served,
         };
-        if place.port.is_none() {
-            device.listen(socket)?;
-        }
         let pin = device.served.function.pin();
         device
             .poller
             .add(pin, device.token(PIN))
-            .map_err(|e| failed("watch the interrupt pin", e))?;
+            .and_then(|()| match &device.client {
+                Some(client) => device.poller.add(&client.link, device.token(CLIENT)),
+                None => Ok(()),
+            })
+            .map_err(|e| failed("wait for connections", e))?;
+        match listener {
+            // What is not offered any more goes away here.
+            _ if !offered => {}
+            Some((listener, kept)) => device.offer(listener, Some(kept))?,
+            None => device.offer_at(socket)?,
+        }
         Ok(device)
     }
 
     /// Offers the function to clients.
     pub fn listen(&mut self, socket: &Path) -> Result<(), Failure> {
+        self.offer_at(socket)?;
+        self.save();
+        Ok(())
+    }
+
+    fn offer_at(&mut self, socket: &Path) -> Result<(), Failure> {
         let listener = Listener::bind(socket)?;
+        let kept = self.saver.keeper().keep(&listener);
+        self.offer(listener, kept)
+    }
+
+    fn offer(&mut self, listener: Listener, kept: Option<Kept>) -> Result<(), Failure> {
         self.poller
             .add(&listener, self.token(LISTENER))
             .map_err(|e| {
                 let detail = format!("cannot wait for connections of device {}", self.name);
                 Failure::new(Errno::from_raw(e as i32), detail)
             })?;
-        self.listener = Some(listener);
+        (self.listener, self.kept) = (Some(listener), kept);
         Ok(())
     }
 
     /// Takes the socket away; a client that is connected stays.
     pub fn withdraw(&mut self) {
+        self.stop_listening();
+        self.save();
+    }
+
+    fn stop_listening(&mut self) {
         if let Some(listener) = self.listener.take() {
             let _ = self.poller.remove(&listener);
         }
+        self.kept = None;
         self.next = None;
     }
 
@@ -150,6 +242,52 @@ impl VfioUser {
         self.served.function.driver_ok()
     }
 
+    /// Starts what ran in a former process, and does what it had left to do; the session of a client that is gone ends.
+    pub fn adopt(&mut self, cores: &mut dyn Cores) {
+        if self.client.is_some() {
+            info!(device = %self.name, "the client stays connected");
+            self.served.resume(cores);
+            self.turn(cores);
+        } else {
+            cores.end_session(self.id);
+            self.welcome();
+            self.save();
+        }
+    }
+
+    /// Keeps what a later process needs.
+    fn save(&mut self) {
+        if !self.saver.keeper().is_on() {
+            return;
+        }
+        let file = self.listener.as_ref().map(Listener::file);
+        let state = VfioUserV1 {
+            listener: self.kept.as_ref().map(Kept::number),
+            file: file.unwrap_or_default(),
+            client: self.client.as_ref().map(|c| c.saved(&self.served)),
+            next: self
+                .next
+                .as_ref()
+                .and_then(|(_, kept)| Some(kept.as_ref()?.number())),
+        };
+        let link = self.client.as_ref().and_then(|c| c.link.saved());
+        self.saver.save(&state, link);
+    }
+
+    /// Forgets everything that is kept for a later process; the device is gone.
+    pub fn forget(self) {
+        let VfioUser {
+            saver,
+            served,
+            kept,
+            client,
+            next,
+            ..
+        } = self;
+        drop((served, kept, client, next));
+        saver.forget();
+    }
+
     fn token(&self, local: u32) -> Token {
         Token {
             device: self.id,
@@ -160,6 +298,16 @@ impl VfioUser {
     /// Whether a client is connected.
     pub fn connected(&self) -> bool {
         self.client.is_some()
+    }
+
+    /// Stops a running queue where it stands and starts it again.
+    pub fn start_again(&mut self, index: crate::id::QueueIdx, cores: &mut dyn Cores) {
+        self.served.function.queues().start_again(index, cores);
+    }
+
+    /// The configuration space as the driver sees it.
+    pub fn pci_config(&self) -> [u8; 256] {
+        self.served.function.config_space()
     }
 
     /// Stops the queues where they stand; the client is served on.
@@ -179,7 +327,7 @@ impl VfioUser {
 
     /// Takes the socket away and resets the function. [`is_quiet`](Self::is_quiet) tells when nothing is left.
     pub fn begin_close(&mut self, cores: &mut dyn Cores) {
-        self.withdraw();
+        self.stop_listening();
         let _ = self.poller.remove(self.served.function.pin());
         self.drop_client();
         self.served.hang_up(cores);
@@ -195,7 +343,10 @@ impl VfioUser {
         match local {
             LISTENER => self.accept(),
             CLIENT => self.turn(cores),
-            PIN => self.served.function.pin_fired(),
+            PIN => {
+                self.served.function.pin_fired();
+                self.save();
+            }
             _ => {}
         }
     }
@@ -214,8 +365,10 @@ impl VfioUser {
             info!(device = %self.name, "a second client was turned away; a function has one at a time");
             return;
         }
-        self.next = Some(stream);
+        let kept = self.saver.keeper().keep(&stream);
+        self.next = Some((stream, kept));
         self.welcome();
+        self.save();
     }
 
     /// Serves the client that has come, if the last one is forgotten.
@@ -223,56 +376,84 @@ impl VfioUser {
         if self.client.is_some() || !self.served.is_settled() {
             return;
         }
-        let Some(stream) = self.next.take() else {
+        let Some((stream, _)) = self.next.take() else {
             return;
         };
-        if let Err(error) = self.poller.add(&stream, self.token(CLIENT)) {
+        let Some(link) = Link::new(stream, &self.saver.ledger(), self.saver.keeper()) else {
+            return;
+        };
+        if let Err(error) = self.poller.add(&link, self.token(CLIENT)) {
             warn!(device = %self.name, %error, "cannot watch a client's connection");
             return;
         }
         info!(device = %self.name, "client connected");
         self.client = Some(Client {
-            stream,
-            inbox: Inbox::default(),
-            outbox: Outbox::default(),
+            link,
+            partial: false,
             max_fds: None,
             postponed: Vec::new(),
-            interest: (true, false),
+            interest: Interest {
+                input: true,
+                output: false,
+                partial: false,
+            },
         });
     }
 
     fn drop_client(&mut self) {
         if let Some(client) = self.client.take() {
-            let _ = self.poller.remove(&client.stream);
+            let _ = self.poller.remove(&client.link);
+            client.link.hang_up();
         }
     }
 
     /// Carries out what the client has sent.
     fn turn(&mut self, cores: &mut dyn Cores) {
-        let Some(client) = &mut self.client else {
-            return;
+        let mut result = match &mut self.client {
+            Some(client) => client.flush(),
+            None => return,
         };
-        let mut result = client.flush();
         for _ in 0..COMMANDS_PER_TURN {
-            if result.is_err() || client.outbox.is_full() {
-                break;
-            }
-            match client.receive() {
-                Ok(Some(message)) => {
-                    result = client.handle(message, &mut self.served, cores);
+            match result.and_then(|()| self.step(cores)) {
+                Ok(true) => result = Ok(()),
+                Ok(false) => {
+                    result = Ok(());
+                    break;
                 }
-                Ok(None) => break,
-                Err(ended) => result = Err(ended),
+                Err(ended) => {
+                    result = Err(ended);
+                    break;
+                }
             }
         }
         self.settle(result, cores);
+    }
+
+    /// Carries out one command; `false` when there is none, or the client must take answers first.
+    fn step(&mut self, cores: &mut dyn Cores) -> Result<bool, Ended> {
+        let Some(client) = self.client.as_mut().filter(|c| c.may_ask()) else {
+            return Ok(false);
+        };
+        let Some(message) = client.receive()? else {
+            return Ok(false);
+        };
+        let mut staged = Staged::new(cores);
+        let handled = client.handle(message, &mut self.served, &mut staged, self.saver.keeper());
+        self.save();
+        staged.release();
+        handled?;
+        self.client.as_mut().map_or(Ok(()), Client::flush)?;
+        Ok(true)
     }
 
     /// Sends what is due, and ends the connection if `result` says so.
     fn settle(&mut self, mut result: Result<(), Ended>, cores: &mut dyn Cores) {
         let token = self.token(CLIENT);
         if let Some(client) = &mut self.client {
-            client.answer_due(&self.served);
+            client.answer_due(&self.served, self.saver.keeper());
+        }
+        self.save();
+        if let Some(client) = &mut self.client {
             result = result
                 .and_then(|()| client.flush())
                 .and_then(|()| client.watch(token, &self.poller));
@@ -282,30 +463,97 @@ impl VfioUser {
                     _ => warn!(device = %self.name, "client dropped: {ended}"),
                 }
                 self.drop_client();
+                self.save();
                 self.served.hang_up(cores);
             }
         }
-        self.welcome();
+        if self.next.is_some() {
+            self.welcome();
+            self.save();
+        }
     }
 }
 
+/// The listening socket of a former process, if clients still find it.
+fn restore_listener(
+    saved: &VfioUserV1,
+    socket: &Path,
+    keeper: &Keeper,
+) -> Option<(Listener, Kept)> {
+    let kept = keeper.fds().adopt(saved.listener?)?;
+    let fd = kept.as_fd().try_clone_to_owned().ok()?;
+    Some((Listener::adopt(fd, socket, saved.file)?, kept))
+}
+
+/// A stream that is kept.
+fn restore_stream(number: u64, keeper: &Keeper) -> Option<(Stream, Option<Kept>)> {
+    let kept = keeper.fds().adopt(number)?;
+    let socket = UnixStream::from(kept.as_fd().try_clone_to_owned().ok()?);
+    Some((Stream::new(socket).ok()?, Some(kept)))
+}
+
 impl Client {
-    /// The next whole command, if it has arrived.
-    fn receive(&mut self) -> Result<Option<Message>, Ended> {
-        loop {
-            let mut fds = Vec::new();
-            let received = self
-                .stream
-                .receive(self.inbox.room(), &mut fds, MAX_MSG_FDS)
-                .map_err(Ended::Socket)?;
-            let n = match received {
-                Received::Bytes(n) => n,
-                Received::Nothing => return Ok(None),
-                Received::Closed => return Err(Ended::Closed),
+    /// What a later process needs.
+    fn saved(&self, served: &Served) -> ClientV1 {
+        let postponed = |p: &Postponed| {
+            let header = p.to.as_bytes().to_vec();
+            (header, p.payload.clone(), p.until == Until::Reset)
+        };
+        ClientV1 {
+            max_fds: self.max_fds.and_then(|n| u32::try_from(n).ok()),
+            postponed: self.postponed.iter().map(postponed).collect(),
+            served: served.saved(),
+        }
+    }
+
+    /// The client of a former process, and what it had set up.
+    fn restore(
+        saved: ClientV1,
+        link: LinkV1,
+        served: &mut Served,
+        saver: &Saver,
+    ) -> Option<Client> {
+        let link = Link::restore(link, &saver.ledger(), saver.keeper())?;
+        let postponed = saved.postponed.into_iter().map(|(header, payload, reset)| {
+            let to = Header::read_from_bytes(&header).ok()?;
+            let until = if reset {
+                Until::Reset
+            } else {
+                Until::Memory(0)
             };
-            if let Some(message) = self.inbox.received(n, fds)? {
-                return Ok(Some(message));
-            }
+            Some(Postponed { to, payload, until })
+        });
+        let postponed = postponed.collect::<Option<Vec<_>>>();
+        if postponed.is_none() || !served.restore(saved.served, saver.keeper()) {
+            link.hang_up();
+            return None;
+        }
+        Some(Client {
+            link,
+            partial: false,
+            max_fds: saved.max_fds.map(|n| (n as usize).min(MAX_MSG_FDS)),
+            postponed: postponed.unwrap_or_default(),
+            interest: Interest {
+                input: true,
+                output: false,
+                partial: false,
+            },
+        })
+    }
+
+    /// Whether another command may be carried out; otherwise the client must take answers first, or wait for some.
+    fn may_ask(&self) -> bool {
+        !self.link.has_replies() && self.postponed.len() < MAX_POSTPONED
+    }
+
+    /// The next whole command, if it has arrived. It stays in the socket.
+    fn receive(&mut self) -> Result<Option<Message>, Ended> {
+        let incoming = frame::next(&self.link)?;
+        self.partial = matches!(incoming, Incoming::Part);
+        match incoming {
+            Incoming::Message(message) => Ok(Some(message)),
+            Incoming::Nothing | Incoming::Part => Ok(None),
+            Incoming::Closed => Err(Ended::Closed),
         }
     }
 
@@ -314,7 +562,9 @@ impl Client {
         mut message: Message,
         served: &mut Served,
         cores: &mut dyn Cores,
+        keeper: &Keeper,
     ) -> Result<(), Ended> {
+        self.link.obeyed(message.header.size as usize);
         let Some(max_fds) = self.max_fds else {
             if message.header.command != command::VERSION {
                 return Err(Ended::Version);
@@ -322,63 +572,71 @@ impl Client {
             let agreed = handshake::parse(&message.payload).ok_or(Ended::Version)?;
             self.max_fds = Some(agreed.max_fds);
             let reply = (handshake::reply(agreed), Vec::new());
-            self.outbox.reply(&message.header, Ok(reply));
+            self.reply(&message.header, Ok(reply), keeper);
             return Ok(());
         };
         match served.serve(&mut message, max_fds, cores) {
-            Answer::Now(answer) => self.outbox.reply(&message.header, answer),
+            Answer::Now(answer) => self.reply(&message.header, answer, keeper),
             Answer::Later(payload, until) => {
-                if self.postponed.len() >= MAX_POSTPONED {
-                    return Err(Ended::Postponed);
-                }
                 self.postponed.push(Postponed {
                     to: message.header,
                     payload,
                     until,
                 });
-                self.answer_due(served);
+                self.answer_due(served, keeper);
             }
         }
         Ok(())
+    }
+
+    fn reply(&mut self, to: &Header, result: Result<Reply, SysErrno>, keeper: &Keeper) {
+        if let Some((bytes, fds)) = frame::reply(to, result) {
+            self.link.reply(bytes, fds, keeper);
+        }
     }
 
     /// Answers what has waited long enough.
-    fn answer_due(&mut self, served: &Served) {
-        let outbox = &mut self.outbox;
-        self.postponed.retain_mut(|p| {
-            let due = served.is_due(p.until);
-            if due {
-                let payload = std::mem::take(&mut p.payload);
-                outbox.reply(&p.to, Ok((payload, Vec::new())));
-            }
-            !due
-        });
+    fn answer_due(&mut self, served: &Served, keeper: &Keeper) {
+        let (due, waiting) = std::mem::take(&mut self.postponed)
+            .into_iter()
+            .partition(|p| served.is_due(p.until));
+        self.postponed = waiting;
+        let due: Vec<Postponed> = due;
+        for p in due {
+            self.reply(&p.to, Ok((p.payload, Vec::new())), keeper);
+        }
     }
 
-    /// Sends what there is room for.
+    /// Takes what is done out of the socket, and sends what there is room for.
     fn flush(&mut self) -> Result<(), Ended> {
-        while let Some((bytes, fds)) = self.outbox.next() {
-            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-            match self.stream.send_some(bytes, &fds) {
-                Ok(0) => break,
-                Ok(n) => self.outbox.sent(n),
-                Err(SysErrno::EPIPE | SysErrno::ECONNRESET) => return Err(Ended::Closed),
-                Err(error) => return Err(Ended::Socket(error)),
-            }
+        match self.link.settle() {
+            Ok(Settled::Done | Settled::Waiting) => Ok(()),
+            Ok(Settled::Closed) => Err(Ended::Closed),
+            Err(error) => Err(Ended::Socket(error)),
         }
-        Ok(())
     }
 
     /// Tells the poller what to wait for.
     fn watch(&mut self, token: Token, poller: &Poller) -> Result<(), Ended> {
-        let interest = (!self.outbox.is_full(), !self.outbox.is_empty());
-        if interest != self.interest {
-            poller
-                .modify(&self.stream, token, interest.0, interest.1)
-                .map_err(Ended::Socket)?;
-            self.interest = interest;
+        let interest = Interest {
+            input: self.may_ask(),
+            output: self.link.has_replies(),
+            partial: self.may_ask() && self.partial,
+        };
+        if interest == self.interest {
+            return Ok(());
         }
-        Ok(())
+        self.interest = interest;
+        let Interest {
+            input,
+            output,
+            partial,
+        } = interest;
+        match partial {
+            true => poller.more(&self.link, token, output),
+            false => poller.modify(&self.link, token, input, output),
+        }
+        .map_err(Ended::Socket)
     }
 }
 

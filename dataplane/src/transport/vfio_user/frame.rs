@@ -1,15 +1,15 @@
 //! Messages out of a byte stream, and replies into it.
 //!
-//! Owns the bytes between the socket and [`super::conn`]; makes no system call itself. What is held for a peer is bounded: one
-//! message of at most [`MAX_MESSAGE`] bytes inwards, and outwards the caller stops reading commands while
-//! [`Outbox::is_full`].
+//! Gives the bytes between the socket and [`super::conn`] their form. What is held for a peer is bounded: one message of at
+//! most [`MAX_MESSAGE`] bytes.
 
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
-use zerocopy::{FromBytes, IntoBytes};
+use nix::errno::Errno;
+use zerocopy::IntoBytes;
 
 use super::wire::{Header, MAX_MESSAGE, MAX_MSG_FDS, header_flags};
+use crate::transport::link::{Link, Seen};
 
 const HEADER: usize = size_of::<Header>();
 
@@ -30,149 +30,93 @@ pub(crate) enum Malformed {
     Type(u32),
     #[error("more than {MAX_MSG_FDS} file descriptors in a message")]
     Descriptors,
+    #[error("the socket failed: {0}")]
+    Socket(#[from] Errno),
 }
 
-/// Collects one message at a time. Only the bytes of that message are asked for, so descriptors that arrive with them
-/// belong to it.
-#[derive(Debug, Default)]
-pub(crate) struct Inbox {
-    bytes: Vec<u8>,
-    filled: usize,
-    fds: Vec<OwnedFd>,
-}
-
-impl Inbox {
-    /// Where the next bytes of the stream go; never empty.
-    pub(crate) fn room(&mut self) -> &mut [u8] {
-        if self.bytes.len() < HEADER {
-            self.bytes.resize(HEADER, 0);
-        }
-        self.bytes.get_mut(self.filled..).unwrap_or_default()
-    }
-
-    /// Takes note of `n` bytes that were put into [`Inbox::room`], and of descriptors that came with them.
-    pub(crate) fn received(
-        &mut self,
-        n: usize,
-        fds: Vec<OwnedFd>,
-    ) -> Result<Option<Message>, Malformed> {
-        self.filled = self.filled.saturating_add(n);
-        self.fds.extend(fds);
-        if self.fds.len() > MAX_MSG_FDS {
-            return Err(Malformed::Descriptors);
-        }
-        if self.filled < HEADER || self.filled < self.bytes.len() {
-            return Ok(None);
-        }
-        let Ok((header, _)) = Header::read_from_prefix(&self.bytes) else {
-            return Ok(None);
-        };
-        if header.flags & header_flags::TYPE_MASK != header_flags::COMMAND {
-            return Err(Malformed::Type(header.flags));
-        }
-        let size = header.size as usize;
-        if !(HEADER..=MAX_MESSAGE).contains(&size) {
-            return Err(Malformed::Size(header.size));
-        }
-        if self.filled < size {
-            self.bytes.resize(size, 0);
-            return Ok(None);
-        }
-        self.filled = 0;
-        let mut payload = std::mem::take(&mut self.bytes);
-        payload.drain(..HEADER);
-        Ok(Some(Message {
-            header,
-            payload,
-            fds: std::mem::take(&mut self.fds),
-        }))
-    }
-}
-
-/// Replies that wait for the socket.
-#[derive(Debug, Default)]
-pub(crate) struct Outbox {
-    queue: VecDeque<Outgoing>,
-}
-
+/// What a look at the socket gave.
 #[derive(Debug)]
-struct Outgoing {
-    bytes: Vec<u8>,
-    sent: usize,
-    fds: Vec<OwnedFd>,
+pub(crate) enum Incoming {
+    Message(Message),
+    /// Nothing.
+    Nothing,
+    /// A part of a command, which stays in the socket.
+    Part,
+    /// The client is gone.
+    Closed,
 }
 
-impl Outbox {
-    /// As many replies may wait before no more commands are read.
-    const FULL: usize = 64;
-
-    /// Adds the reply to a command, unless its sender wants none.
-    pub(crate) fn reply(
-        &mut self,
-        to: &Header,
-        result: Result<(Vec<u8>, Vec<OwnedFd>), nix::errno::Errno>,
-    ) {
-        if to.flags & header_flags::NO_REPLY != 0 {
-            return;
+/// Looks at the next command. All of it stays in the socket until somebody says that it has been carried out.
+pub(crate) fn next(link: &Link) -> Result<Incoming, Malformed> {
+    let mut header: [u8; HEADER] = [0; _];
+    match link.look(&mut header)? {
+        Seen::All => {}
+        Seen::Part => return Ok(Incoming::Part),
+        Seen::Nothing => return Ok(Incoming::Nothing),
+        Seen::Closed => return Ok(Incoming::Closed),
+    }
+    let header: Header = zerocopy::transmute!(header);
+    if header.flags & header_flags::TYPE_MASK != header_flags::COMMAND {
+        return Err(Malformed::Type(header.flags));
+    }
+    let size = header.size as usize;
+    if !(HEADER..=MAX_MESSAGE).contains(&size) {
+        return Err(Malformed::Size(header.size));
+    }
+    match link.message(size, MAX_MSG_FDS) {
+        Ok(Some((mut payload, fds))) => {
+            payload.drain(..HEADER);
+            Ok(Incoming::Message(Message {
+                header,
+                payload,
+                fds,
+            }))
         }
-        let mut header = Header {
-            flags: header_flags::REPLY,
-            ..*to
-        };
-        let (payload, fds) = match result {
-            Ok(good) => {
-                header.error = 0;
-                good
-            }
-            Err(errno) => {
-                header.flags |= header_flags::ERROR;
-                header.error = (errno as i32).unsigned_abs();
-                Default::default()
-            }
-        };
-        let size = HEADER.saturating_add(payload.len());
-        header.size = u32::try_from(size).unwrap_or(u32::MAX);
-        let mut bytes = header.as_bytes().to_vec();
-        bytes.extend_from_slice(&payload);
-        self.queue.push_back(Outgoing {
-            bytes,
-            sent: 0,
-            fds,
-        });
+        Ok(None) => Ok(Incoming::Part),
+        Err(Errno::ECONNRESET) => Ok(Incoming::Closed),
+        Err(Errno::EMSGSIZE) => Err(Malformed::Descriptors),
+        Err(error) => Err(Malformed::Socket(error)),
     }
+}
 
-    /// Whether the peer must take replies before it may send more commands.
-    pub(crate) fn is_full(&self) -> bool {
-        self.queue.len() >= Self::FULL
+/// The bytes and descriptors of the reply to a command, unless its sender wants none.
+pub(crate) fn reply(
+    to: &Header,
+    result: Result<(Vec<u8>, Vec<OwnedFd>), Errno>,
+) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+    if to.flags & header_flags::NO_REPLY != 0 {
+        return None;
     }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.queue.is_empty()
-    }
-
-    /// What to send next, with the descriptors that go with the first of the bytes.
-    pub(crate) fn next(&self) -> Option<(&[u8], &[OwnedFd])> {
-        let first = self.queue.front()?;
-        Some((first.bytes.get(first.sent..)?, &first.fds))
-    }
-
-    /// Takes note that `n` bytes of [`Outbox::next`], and its descriptors, are sent.
-    pub(crate) fn sent(&mut self, n: usize) {
-        if let Some(first) = self.queue.front_mut() {
-            first.sent = first.sent.saturating_add(n);
-            first.fds.clear();
-            if first.sent >= first.bytes.len() {
-                self.queue.pop_front();
-            }
+    let mut header = Header {
+        flags: header_flags::REPLY,
+        ..*to
+    };
+    let (payload, fds) = match result {
+        Ok(good) => {
+            header.error = 0;
+            good
         }
-    }
+        Err(errno) => {
+            header.flags |= header_flags::ERROR;
+            header.error = (errno as i32).unsigned_abs();
+            Default::default()
+        }
+    };
+    let size = HEADER.saturating_add(payload.len());
+    header.size = u32::try_from(size).unwrap_or(u32::MAX);
+    let mut bytes = header.as_bytes().to_vec();
+    bytes.extend_from_slice(&payload);
+    Some((bytes, fds))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keeper::Keeper;
+    use crate::os::socket::Stream;
     use crate::transport::vfio_user::wire::command;
-    use nix::errno::Errno;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
 
     fn header(size: u32, flags: u32) -> Header {
         Header {
@@ -184,18 +128,10 @@ mod tests {
         }
     }
 
-    /// Feeds bytes in pieces of at most `step`.
-    fn feed(inbox: &mut Inbox, mut bytes: &[u8], step: usize) -> Result<Vec<Message>, Malformed> {
-        let mut messages = Vec::new();
-        while !bytes.is_empty() {
-            let room = inbox.room();
-            assert!(!room.is_empty());
-            let n = room.len().min(step).min(bytes.len());
-            room[..n].copy_from_slice(&bytes[..n]);
-            bytes = &bytes[n..];
-            messages.extend(inbox.received(n, Vec::new())?);
-        }
-        Ok(messages)
+    fn pair() -> (Stream, Link) {
+        let (a, b) = UnixStream::pair().unwrap();
+        let link = Link::new(Stream::new(b).unwrap(), "link", &Keeper::default());
+        (Stream::new(a).unwrap(), link.unwrap())
     }
 
     #[test]
@@ -204,56 +140,76 @@ mod tests {
         stream.extend_from_slice(b"abcd");
         stream.extend_from_slice(header(16, 0).as_bytes());
         for step in 1..40 {
-            let messages = feed(&mut Inbox::default(), &stream, step).unwrap();
-            let payloads: Vec<_> = messages.iter().map(|m| &m.payload[..]).collect();
+            let (client, mut link) = pair();
+            let mut payloads = Vec::new();
+            assert!(matches!(next(&link), Ok(Incoming::Nothing)));
+            for piece in stream.chunks(step) {
+                client.send(piece, &[]).unwrap();
+                while let Incoming::Message(m) = next(&link).unwrap() {
+                    link.obeyed(m.header.size as usize);
+                    link.settle().unwrap();
+                    payloads.push(m.payload);
+                }
+            }
             assert_eq!(payloads, [&b"abcd"[..], b""], "step {step}");
+            client.send(&stream[..18], &[]).unwrap();
+            assert!(matches!(next(&link), Ok(Incoming::Part)));
+            drop(client);
+            assert!(matches!(next(&link), Ok(Incoming::Closed)));
         }
     }
 
     #[test]
     fn bad_sizes_and_replies_end_the_stream() {
-        let size = |n| feed(&mut Inbox::default(), header(n, 0).as_bytes(), 16).unwrap_err();
-        assert_eq!(size(15), Malformed::Size(15));
-        assert_eq!(size(u32::MAX), Malformed::Size(u32::MAX));
-        let reply = feed(&mut Inbox::default(), header(16, 1).as_bytes(), 16).unwrap_err();
-        assert_eq!(reply, Malformed::Type(1));
+        let wrong = |header: Header| {
+            let (client, link) = pair();
+            client.send(header.as_bytes(), &[]).unwrap();
+            next(&link).unwrap_err()
+        };
+        assert_eq!(wrong(header(15, 0)), Malformed::Size(15));
+        assert_eq!(wrong(header(u32::MAX, 0)), Malformed::Size(u32::MAX));
+        assert_eq!(wrong(header(16, 1)), Malformed::Type(1));
     }
 
     #[test]
-    fn too_many_descriptors_end_the_stream() {
-        let mut inbox = Inbox::default();
-        inbox.room();
-        let fds = (0..=MAX_MSG_FDS).map(|_| std::fs::File::open("/dev/null").unwrap().into());
-        assert_eq!(
-            inbox.received(1, fds.collect()).unwrap_err(),
-            Malformed::Descriptors
-        );
+    fn descriptors_are_those_of_their_message_and_too_many_end_the_stream() {
+        let (client, mut link) = pair();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        for count in [0, 3, 0] {
+            let fds = vec![file.as_fd(); count];
+            client.send(header(16, 0).as_bytes(), &fds).unwrap();
+        }
+        for count in [0, 3, 0] {
+            let Ok(Incoming::Message(m)) = next(&link) else {
+                panic!("no message");
+            };
+            assert_eq!(m.fds.len(), count);
+            link.obeyed(16);
+            link.settle().unwrap();
+        }
+        let fds = [file.as_fd(); MAX_MSG_FDS + 1];
+        client.send(header(16, 0).as_bytes(), &fds).unwrap();
+        assert_eq!(next(&link).unwrap_err(), Malformed::Descriptors);
     }
 
     #[test]
-    fn replies_repeat_id_and_command_and_are_sent_in_order() {
-        let mut outbox = Outbox::default();
-        outbox.reply(&header(16, 0), Ok((b"xy".to_vec(), Vec::new())));
-        outbox.reply(&header(16, header_flags::NO_REPLY), Err(Errno::EIO));
-        outbox.reply(&header(16, 0), Err(Errno::EINVAL));
+    fn replies_repeat_id_and_command_and_are_left_out_where_none_is_wanted() {
         let good = Header {
             size: 18,
             flags: 1,
             ..header(0, 0)
         };
-        let (bytes, _) = outbox.next().unwrap();
+        let (bytes, _) = reply(&header(16, 0), Ok((b"xy".to_vec(), Vec::new()))).unwrap();
         assert_eq!(bytes, [good.as_bytes(), b"xy"].concat());
-        outbox.sent(17);
-        assert_eq!(outbox.next().unwrap().0, b"y");
-        outbox.sent(1);
+        let silent = header(16, header_flags::NO_REPLY);
+        assert!(reply(&silent, Err(Errno::EIO)).is_none());
         let bad = Header {
             size: 16,
             flags: 0x21,
             error: 22,
             ..header(0, 0)
         };
-        assert_eq!(outbox.next().unwrap().0, bad.as_bytes());
-        outbox.sent(16);
-        assert!(outbox.is_empty());
+        let (bytes, _) = reply(&header(16, 0), Err(Errno::EINVAL)).unwrap();
+        assert_eq!(bytes, bad.as_bytes());
     }
 }

@@ -7,9 +7,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::wire::{IrqSet, irq, irq_flags, irq_set_flags};
 use crate::os::eventfd::EventFd;
+use crate::os::fdstore::FdStore;
 
 /// What a `SET_IRQS` has changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,9 +22,21 @@ pub(crate) struct Changed {
     pub(crate) pin: bool,
 }
 
+/// The event descriptors as they are kept.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct InterruptsV1 {
+    vectors: Vec<Option<u64>>,
+    pin: Option<u64>,
+    pin_masked: bool,
+    errors: Option<u64>,
+    release: Option<u64>,
+}
+
 /// The event descriptors of one client.
 #[derive(Debug)]
 pub(crate) struct Interrupts {
+    /// Where they are kept for a later process.
+    fds: Arc<FdStore>,
     vectors: Vec<Option<Arc<EventFd>>>,
     pin: Option<EventFd>,
     /// The pin has fired and waits for the client's unmask, or the client has masked it.
@@ -34,8 +48,9 @@ pub(crate) struct Interrupts {
 }
 
 impl Interrupts {
-    pub(crate) fn new(vectors: u16) -> Interrupts {
+    pub(crate) fn new(vectors: u16, fds: &Arc<FdStore>) -> Interrupts {
         Interrupts {
+            fds: Arc::clone(fds),
             vectors: vec![None; vectors.into()],
             pin: None,
             pin_masked: false,
@@ -44,9 +59,59 @@ impl Interrupts {
         }
     }
 
+    /// What a later process needs.
+    pub(crate) fn saved(&self) -> InterruptsV1 {
+        let Interrupts {
+            fds: _,
+            vectors,
+            pin,
+            pin_masked,
+            errors,
+            release,
+        } = self;
+        let number = |event: &Option<EventFd>| event.as_ref().and_then(EventFd::number);
+        let vector = |event: &Option<Arc<EventFd>>| event.as_ref().and_then(|e| e.number());
+        InterruptsV1 {
+            vectors: vectors.iter().map(vector).collect(),
+            pin: number(pin),
+            pin_masked: *pin_masked,
+            errors: number(errors),
+            release: number(release),
+        }
+    }
+
+    /// Takes over what a client has set with a former process; `false` if that cannot be had any more.
+    pub(crate) fn restore(&mut self, saved: InterruptsV1) -> bool {
+        let InterruptsV1 {
+            vectors,
+            pin,
+            pin_masked,
+            errors,
+            release,
+        } = saved;
+        let fds = Arc::clone(&self.fds);
+        let adopt = |number: Option<u64>| number.map(|n| EventFd::adopt(n, &fds)).transpose();
+        if vectors.len() != self.vectors.len() {
+            return false;
+        }
+        for (to, number) in self.vectors.iter_mut().zip(vectors) {
+            match adopt(number) {
+                Ok(event) => *to = event.map(Arc::new),
+                Err(_) => return false,
+            }
+        }
+        let (Ok(pin), Ok(errors), Ok(release)) = (adopt(pin), adopt(errors), adopt(release)) else {
+            return false;
+        };
+        (self.pin, self.errors, self.release) = (pin, errors, release);
+        self.pin_masked = pin_masked;
+        true
+    }
+
     /// Forgets every descriptor; the client is gone.
     pub(crate) fn clear(&mut self) {
         let Interrupts {
+            fds: _,
             vectors,
             pin,
             pin_masked,
@@ -158,11 +223,12 @@ impl Interrupts {
         count: u32,
         fds: Vec<OwnedFd>,
     ) -> Result<Changed, Errno> {
-        let mut new = fds
+        let new = fds
             .into_iter()
             .map(EventFd::from_peer)
-            .collect::<Result<Vec<_>, _>>()?
-            .into_iter();
+            .collect::<Result<Vec<_>, _>>()?;
+        new.iter().for_each(|event| event.keep(&self.fds));
+        let mut new = new.into_iter();
         let mut changed = Changed::default();
         match index {
             irq::INTX => {

@@ -4,11 +4,16 @@
 //! any access of any length at any offset has an answer: what is not there reads as zeros and takes no writes.
 //! [`super::conn`], which calls it, is the way to the client.
 
+mod saved;
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ferry_shared::msg::DeviceSpec;
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+pub(crate) use saved::FunctionV1;
 
 use super::common::{self, Common, Field};
 use super::config::{self, ConfigSpace, Identity};
@@ -16,11 +21,14 @@ use super::irq::Interrupts;
 use super::wire::{IrqSet, region};
 use crate::engine::Cores;
 use crate::id::{CoreEvent, DeviceId, QueueIdx};
+use crate::keeper::Keeper;
 use crate::mem::{GuestMap, Iova};
 use crate::os::eventfd::EventFd;
 use crate::platform::EmulatedFunction;
+use crate::transport::requests::Requests;
 use crate::transport::running::{Notice, QueueSetup, RunningQueues};
 use crate::virtio::device::{DeviceModel, QueueSettings, StatusEffect};
+use crate::virtio::inflight::InflightQueue;
 use crate::virtio::queue::QueueState;
 use crate::virtio::spec::{Features, FsConfig, Status};
 
@@ -44,7 +52,7 @@ const FEATURES: Features = Features::RING_RESET.union(Features::ACCESS_PLATFORM)
 const DEVICE_LEN: usize = size_of::<FsConfig>();
 
 /// What the driver writes that is no part of the device model.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Registers {
     device_feature_select: u32,
     driver_feature_select: u32,
@@ -88,6 +96,9 @@ pub(crate) struct PciFunction {
     pin: Arc<EventFd>,
     /// A reset is under way: the driver's writes are ignored until the queues are stopped.
     resetting: bool,
+    /// The record of requests in flight.
+    requests: Option<Requests>,
+    keeper: Keeper,
 }
 
 /// Copies the part of `data`, which begins at `at`, that overlaps `piece`, which begins at `start`; says whether there is one.
@@ -117,6 +128,7 @@ impl PciFunction {
         id: DeviceId,
         spec: &DeviceSpec,
         place: &EmulatedFunction,
+        keeper: &Keeper,
     ) -> Result<PciFunction, Errno> {
         let size = u16::try_from(spec.queue_size).unwrap_or(u16::MAX);
         let model = DeviceModel::new(spec, FEATURES, size);
@@ -134,7 +146,7 @@ impl PciFunction {
             config: ConfigSpace::new(&identity),
             registers: Registers::new(queues.into()),
             msix_table: fresh_table(vectors),
-            irqs: Interrupts::new(vectors),
+            irqs: Interrupts::new(vectors, keeper.fds()),
             queues: RunningQueues::new(id, queues),
             kicks: (0..queues)
                 .map(|_| EventFd::new().map(Arc::new))
@@ -144,6 +156,8 @@ impl PciFunction {
             map: Arc::default(),
             pin: Arc::new(EventFd::new()?),
             resetting: false,
+            requests: None,
+            keeper: keeper.clone(),
         })
     }
 
@@ -159,6 +173,13 @@ impl PciFunction {
         offsets.zip(&self.kicks)
     }
 
+    /// The client is about to get the counters that kick the queues: they must outlive this process.
+    pub(crate) fn keep_kicks(&self) {
+        for kick in &self.kicks {
+            kick.keep(self.keeper.fds());
+        }
+    }
+
     /// Size of a region; 0 if there is none of that number.
     pub(crate) fn region_size(&self, index: u32) -> u64 {
         match index {
@@ -167,6 +188,13 @@ impl PciFunction {
             MSIX_REGION if !self.msix_table.is_empty() => config::MSIX_BAR_SIZE.into(),
             _ => 0,
         }
+    }
+
+    /// The whole configuration space.
+    pub(crate) fn config_space(&self) -> [u8; 256] {
+        let mut bytes = [0; 256];
+        self.config.read(0, &mut bytes);
+        bytes
     }
 
     /// Reads a region.
@@ -350,7 +378,7 @@ impl PciFunction {
             Field::QueueEnable if short == 1 => {
                 let running = self.model.status().contains(Status::DRIVER_OK);
                 if self.model.enable_queue(index).is_ok() && running {
-                    self.start_queue(index, cores);
+                    self.start_queue(index, false, cores);
                 }
             }
             Field::QueueEnable => {}
@@ -398,15 +426,16 @@ impl PciFunction {
             StatusEffect::DriverOk => {
                 for index in (0..self.model.num_queues()).map(QueueIdx) {
                     if self.model.queue(index).is_some_and(|q| q.enabled) {
-                        self.start_queue(index, cores);
+                        self.start_queue(index, false, cores);
                     }
                 }
             }
         }
     }
 
-    fn start_queue(&mut self, index: QueueIdx, cores: &mut dyn Cores) {
-        let state = QueueState::fresh(self.model.packed());
+    /// Starts a queue, from its beginning or, as `resume` says, from where a former process left it.
+    fn start_queue(&mut self, index: QueueIdx, resume: bool, cores: &mut dyn Cores) {
+        let (state, inflight) = self.position(index, resume);
         let call = self.call(index);
         let at = usize::from(index.0);
         // A queue without a purpose has no kind: it can be enabled, but nothing ever happens on it.
@@ -422,10 +451,42 @@ impl PciFunction {
                 config,
                 kick: Arc::clone(kick),
                 call,
-                inflight: None,
+                inflight,
             };
             self.queues.start(index, setup, cores);
         }
+    }
+
+    /// Where a queue begins, and its record of requests in flight.
+    fn position(&mut self, index: QueueIdx, resume: bool) -> (QueueState, Option<InflightQueue>) {
+        let packed = self.model.packed();
+        let fresh = QueueState::fresh(packed);
+        if packed {
+            return (fresh, None);
+        }
+        if self.requests.is_none() {
+            self.requests = Requests::new(self.model.num_queues(), &self.keeper);
+        }
+        let Some(mut record) = self.requests.as_ref().and_then(|r| r.queue(index)) else {
+            return (fresh, None);
+        };
+        let queue = self.model.queue(index).filter(|_| resume);
+        let mut used = [0; 2];
+        let state = match queue {
+            Some(q)
+                if self
+                    .map
+                    .read(Iova(q.used.0.wrapping_add(2)), &mut used)
+                    .is_ok() =>
+            {
+                record.resume(q.size, u16::from_le_bytes(used))
+            }
+            _ => {
+                record.clear();
+                fresh
+            }
+        };
+        (state, Some(record))
     }
 
     fn reset_queue(&mut self, index: QueueIdx, cores: &mut dyn Cores) {

@@ -4,6 +4,8 @@
 //! answers, and asks which postponed answers are due. Every length is checked against the bytes that came; a command that is
 //! well-formed but wrong gets an error number.
 
+mod saved;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -11,7 +13,7 @@ use nix::errno::Errno;
 use tracing::warn;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::dma::Windows;
+use super::dma::{Window, Windows};
 use super::frame::Message;
 use super::pci::PciFunction;
 use super::wire::{
@@ -21,7 +23,9 @@ use super::wire::{
 };
 use crate::engine::Cores;
 use crate::id::CoreEvent;
-use crate::mem::Iova;
+use crate::keeper::Keeper;
+use crate::mem::{GuestMap, Iova};
+use crate::os::fdstore::Kept;
 use crate::os::mmap::{MapFileError, MappedRegion, SharedMap, guest_map};
 
 /// Payload and descriptors of a reply.
@@ -57,12 +61,41 @@ struct Memory {
     done: u64,
 }
 
+pub(crate) use saved::ServedV1;
+
+/// The memory behind a window.
+#[derive(Debug)]
+struct Backing {
+    map: Arc<SharedMap>,
+    /// The file as it is kept.
+    file: Option<Kept>,
+    offset: u64,
+}
+
+impl Backing {
+    fn new(map: &DmaMap, file: impl AsFd, kept: Option<Kept>) -> Result<Backing, Errno> {
+        let writable = map.flags & dma_flags::WRITE != 0;
+        let mapped = SharedMap::new(file, map.offset, map.size, writable);
+        let mapped = mapped.map_err(|e| match e {
+            MapFileError::NotAFile => Errno::EBADF,
+            MapFileError::TooShort { .. } => Errno::EINVAL,
+            MapFileError::System(errno) => errno,
+        })?;
+        Ok(Backing {
+            map: Arc::new(mapped),
+            file: kept,
+            offset: map.offset,
+        })
+    }
+}
+
 /// A function and the guest memory that its client has opened.
 #[derive(Debug)]
 pub(crate) struct Served {
     name: String,
     pub(crate) function: PciFunction,
-    windows: Windows<Arc<SharedMap>>,
+    windows: Windows<Backing>,
+    keeper: Keeper,
     memory: Memory,
     /// The operator knows that this client has memory that cannot be reached.
     noted_unmappable: bool,
@@ -86,11 +119,12 @@ fn plain(reply: &(impl IntoBytes + Immutable)) -> Result<Reply, Errno> {
 }
 
 impl Served {
-    pub(crate) fn new(name: &str, function: PciFunction) -> Served {
+    pub(crate) fn new(name: &str, function: PciFunction, keeper: &Keeper) -> Served {
         Served {
             name: name.to_owned(),
             function,
             windows: Windows::new(),
+            keeper: keeper.clone(),
             memory: Memory::default(),
             noted_unmappable: false,
         }
@@ -139,17 +173,12 @@ impl Served {
         if fds.len() > 1 {
             return Err(Errno::EINVAL);
         }
-        let writable = map.flags & dma_flags::WRITE != 0;
+        let keeper = &self.keeper;
         self.windows.map(&map, || {
             let Some(fd) = fds.first() else {
                 return Ok(None);
             };
-            let mapped = SharedMap::new(fd, map.offset, map.size, writable);
-            mapped.map(|m| Some(Arc::new(m))).map_err(|e| match e {
-                MapFileError::NotAFile => Errno::EBADF,
-                MapFileError::TooShort { .. } => Errno::EINVAL,
-                MapFileError::System(errno) => errno,
-            })
+            Backing::new(&map, fd, keeper.keep(fd)).map(Some)
         })?;
         if fds.is_empty() {
             self.note_unmappable(&map);
@@ -193,21 +222,25 @@ impl Served {
         self.memory.wanted
     }
 
-    fn push_memory(&mut self, cores: &mut dyn Cores) {
+    fn guest_map(&self) -> Arc<GuestMap> {
         let regions: Vec<_> = self
             .windows
             .iter()
             .filter_map(|w| {
-                let map = w.memory.as_ref()?;
+                let backing = w.memory.as_ref()?;
                 Some(MappedRegion {
                     iova: Iova(w.address),
-                    map: Arc::clone(map),
+                    map: Arc::clone(&backing.map),
                     writable: w.writable,
                 })
             })
             .collect();
         // The windows do not overlap, do not wrap and are few enough, which is all that could be wrong.
-        let map = Arc::new(guest_map(&regions).unwrap_or_default());
+        Arc::new(guest_map(&regions).unwrap_or_default())
+    }
+
+    fn push_memory(&mut self, cores: &mut dyn Cores) {
+        let map = self.guest_map();
         if self.function.set_memory(map, cores) {
             self.memory.done = self.memory.wanted;
         } else {
@@ -285,6 +318,7 @@ impl Served {
         let mut entries = Vec::new();
         let mut fds = Vec::new();
         if asked.index == region::BAR0 {
+            self.function.keep_kicks();
             for ((offset, kick), fd_index) in self.function.kicks().take(max_fds).zip(0..) {
                 fds.push(
                     kick.as_fd()

@@ -6,6 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, IntoBytes};
 
 use ferry_shared::limits::MAX_MEMORY_REGIONS;
@@ -14,13 +15,16 @@ use super::error::PeerError;
 use super::frame::Message;
 use super::memory::MemoryTable;
 use super::record::Record;
-use super::ring::{Base, Ring, event, self_kick};
+use super::ring::{Base, Ring, RingV1, event, self_kick};
 use super::wire::{
-    ConfigHeader, F_PROTOCOL_FEATURES, MAX_CONFIG, MAX_TABLE_REGIONS, MemRegion, MemRegionMsg,
-    MemTable, ProtocolFeatures, Request, VRING_INDEX_MASK, VRING_NOFD, VringAddr, VringState,
+    ConfigHeader, F_PROTOCOL_FEATURES, Inflight, MAX_CONFIG, MAX_TABLE_REGIONS, MemRegion,
+    MemRegionMsg, MemTable, ProtocolFeatures, Request, VRING_INDEX_MASK, VRING_NOFD, VringAddr,
+    VringState,
 };
 use crate::engine::{Cores, QueueIdx};
+use crate::keeper::Keeper;
 use crate::os::eventfd::EventFd;
+use crate::transport::requests::Requests;
 use crate::transport::running::{Notice, QueueSetup, RunningQueues};
 use crate::virtio::device::{DeviceModel, StatusEffect};
 
@@ -29,6 +33,19 @@ pub(super) struct Device<'a> {
     pub(super) model: &'a mut DeviceModel,
     pub(super) queues: &'a mut RunningQueues,
     pub(super) cores: &'a mut dyn Cores,
+    pub(super) keeper: &'a Keeper,
+    /// The record of requests in flight, for rings of which the front end keeps none.
+    pub(super) requests: Option<&'a Requests>,
+}
+
+/// A session as it is kept.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ConnV1 {
+    features: u64,
+    protocol: u64,
+    rings: Vec<RingV1>,
+    memory: Vec<(MemRegion, u64)>,
+    record: Option<(Inflight, u64)>,
 }
 
 /// What to answer.
@@ -91,6 +108,59 @@ impl Conn {
         }
     }
 
+    /// What a later process needs.
+    pub(super) fn saved(&self) -> ConnV1 {
+        let Conn {
+            features,
+            protocol,
+            rings,
+            memory,
+            record,
+        } = self;
+        ConnV1 {
+            features: *features,
+            protocol: protocol.bits(),
+            rings: rings.iter().map(Ring::saved).collect(),
+            memory: memory.saved(),
+            record: record.as_ref().and_then(Record::saved),
+        }
+    }
+
+    /// The session that a front end had with a former process.
+    pub(super) fn restore(saved: ConnV1, queues: u16, keeper: &Keeper) -> Result<Conn, PeerError> {
+        let count = saved.rings.len();
+        if count != usize::from(queues) {
+            return Err(PeerError::NoRing(count as u64));
+        }
+        let rings = saved.rings.into_iter();
+        Ok(Conn {
+            features: saved.features,
+            protocol: ProtocolFeatures::from_bits_retain(saved.protocol).intersection(OFFERED),
+            rings: rings
+                .map(|ring| Ring::restore(ring, keeper))
+                .collect::<Result<_, _>>()?,
+            memory: MemoryTable::restore(&saved.memory, keeper)?,
+            record: match saved.record {
+                Some(record) => Some(Record::restore(record, keeper)?),
+                None => None,
+            },
+        })
+    }
+
+    /// Starts what ran when a former process died.
+    pub(super) fn resume(&mut self, device: &mut Device<'_>) -> Result<(), PeerError> {
+        let map = self.memory.guest_map()?;
+        // Nothing runs yet, so that this is done at once.
+        device.queues.set_memory(map, device.cores);
+        for index in (0..self.rings.len() as u16).map(QueueIdx) {
+            if self.rings.get(usize::from(index.0)).is_some_and(|r| r.ran) {
+                let setup = self.setup(index, Start::Resumed, device)?;
+                device.queues.start(index, setup, device.cores);
+            }
+        }
+        Ok(())
+    }
+
     /// Whether the front end may ask for acknowledgements.
     pub(super) fn acks(&self) -> bool {
         self.protocol.contains(ProtocolFeatures::REPLY_ACK)
@@ -119,7 +189,7 @@ impl Conn {
             Request::AddMemReg => {
                 let MemRegionMsg { region, .. } = m.read()?;
                 let fd = m.one_fd()?;
-                let table = self.memory.with(region, &fd)?;
+                let table = self.memory.with(region, &fd, device.keeper)?;
                 self.replace_memory(table, device)
             }
             Request::RemMemReg => {
@@ -147,7 +217,7 @@ impl Conn {
                 Ok(Answer::Reply(payload, fd))
             }
             Request::SetInflightFd => {
-                self.record = Some(Record::adopt(m)?);
+                self.record = Some(Record::adopt(m, device.keeper)?);
                 Ok(Answer::Ack)
             }
             Request::SetStatus => self.set_status(m.read()?, device),
@@ -238,7 +308,7 @@ impl Conn {
                 count: fds.len(),
             });
         }
-        let table = MemoryTable::new(regions.into_iter().zip(fds))?;
+        let table = MemoryTable::new(regions.into_iter().zip(fds), device.keeper)?;
         self.replace_memory(table, device)
     }
 
@@ -300,7 +370,7 @@ impl Conn {
                 return self.enable_changed(idx, device);
             }
             Request::SetVringKick => {
-                let (index, fd) = ring_event(m)?;
+                let (index, fd) = ring_event(m, device.keeper)?;
                 let (idx, ring) = self.ring(index)?;
                 ring.kick = Some(match fd {
                     Some(kick) => kick,
@@ -309,13 +379,13 @@ impl Conn {
                 self.start_ring(idx, device)?;
             }
             Request::SetVringCall => {
-                let (index, fd) = ring_event(m)?;
+                let (index, fd) = ring_event(m, device.keeper)?;
                 let (idx, ring) = self.ring(index)?;
                 ring.call.clone_from(&fd);
                 device.queues.set_call(idx, fd, device.cores);
             }
             _ => {
-                let (index, fd) = ring_event(m)?;
+                let (index, fd) = ring_event(m, device.keeper)?;
                 self.ring(index)?.1.err = fd;
             }
         }
@@ -353,7 +423,7 @@ impl Conn {
         if !self.runnable(idx) {
             return Ok(());
         }
-        let setup = self.setup(idx, device)?;
+        let setup = self.setup(idx, Start::Asked, device)?;
         if let (Some(_), Some(call)) = (&setup.inflight, &setup.call) {
             // A predecessor may have died after it had shown used entries and before it interrupted for them.
             call.signal();
@@ -365,7 +435,12 @@ impl Conn {
         Ok(())
     }
 
-    fn setup(&self, idx: QueueIdx, device: &mut Device<'_>) -> Result<QueueSetup, PeerError> {
+    fn setup(
+        &self,
+        idx: QueueIdx,
+        start: Start,
+        device: &mut Device<'_>,
+    ) -> Result<QueueSetup, PeerError> {
         let none = PeerError::NoRing(idx.0.into());
         let ring = self.rings.get(usize::from(idx.0)).ok_or(none)?;
         let kind = device.model.queue_kind(idx).ok_or(none)?;
@@ -379,11 +454,19 @@ impl Conn {
         queue.avail = self.memory.guest_address(addr.avail)?;
         queue.used = self.memory.guest_address(addr.used)?;
         let places = (queue.desc, queue.used);
-        let state = ring.start_state(packed, device.queues.map(), places)?;
-        let inflight = match &self.record {
-            Some(record) if !packed => record.queue(idx)?,
-            _ => None,
+        let mut state = ring.start_state(packed, device.queues.map(), places)?;
+        let mut inflight = match &self.record {
+            _ if packed => None,
+            Some(record) => record.queue(idx)?,
+            None => device.requests.and_then(|r| r.queue(idx)),
         };
+        match (&mut inflight, start) {
+            (Some(record), Start::Resumed) => state = record.resume(size, state.used),
+            (Some(record), Start::Asked) if self.record.is_none() && !ring.goes_on(&state) => {
+                record.clear();
+            }
+            _ => {}
+        }
         Ok(QueueSetup {
             kind,
             config: device.model.queue_config(idx, state).ok_or(none)?,
@@ -483,13 +566,24 @@ impl Conn {
     }
 }
 
+/// Why a ring is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    /// The front end wants it.
+    Asked,
+    /// It ran when a former process died.
+    Resumed,
+}
+
 /// The ring number of a kick, call or error message, and the event that comes with it.
-fn ring_event(m: &mut Message) -> Result<(u64, Option<Arc<EventFd>>), PeerError> {
+fn ring_event(m: &mut Message, keeper: &Keeper) -> Result<(u64, Option<Arc<EventFd>>), PeerError> {
     let value: u64 = m.read()?;
     let index = value & VRING_INDEX_MASK;
     if value & VRING_NOFD == 0 {
         let fd = m.one_fd()?;
-        return Ok((index, Some(event(fd)?)));
+        let event = event(fd)?;
+        event.keep(keeper.fds());
+        return Ok((index, Some(Arc::new(event))));
     }
     match m.fds.len() {
         0 => Ok((index, None)),

@@ -2,13 +2,14 @@
 
 use std::os::fd::OwnedFd;
 
+use nix::errno::Errno;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use super::error::PeerError;
 use super::wire::{
     FLAG_NEED_REPLY, FLAG_REPLY, Header, MAX_FDS, MAX_PAYLOAD, Request, VERSION, VERSION_MASK,
 };
-use crate::os::socket::{Received, Stream};
+use crate::transport::link::{Link, Seen};
 
 const HEADER: usize = size_of::<Header>();
 
@@ -18,6 +19,8 @@ pub(super) struct Message {
     pub(super) request: Request,
     /// The front end waits for an answer.
     pub(super) need_reply: bool,
+    /// Bytes of the whole message.
+    pub(super) len: usize,
     pub(super) payload: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
 }
@@ -57,86 +60,69 @@ impl Message {
 #[derive(Debug)]
 pub(super) enum Incoming {
     Message(Message),
-    /// Nothing complete yet.
+    /// Nothing.
     Nothing,
+    /// A part of a message, which stays in the socket.
+    Part,
     /// The front end has left.
     Closed,
 }
 
-/// Collects the pieces of one message; they may arrive in any number of parts.
-#[derive(Debug, Default)]
-pub(super) struct Assembler {
-    buf: Vec<u8>,
-    have: usize,
-    fds: Vec<OwnedFd>,
+/// Looks at the next message. All of it stays in the socket until somebody says that it has been obeyed.
+pub(super) fn next(link: &Link) -> Result<Incoming, PeerError> {
+    let mut header: [u8; HEADER] = [0; _];
+    match link.look(&mut header).map_err(PeerError::Socket)? {
+        Seen::All => {}
+        Seen::Part => return Ok(Incoming::Part),
+        Seen::Nothing => return Ok(Incoming::Nothing),
+        Seen::Closed => return Ok(Incoming::Closed),
+    }
+    let header: Header = zerocopy::transmute!(header);
+    let len = length(&header)?;
+    match link.message(len, MAX_FDS) {
+        Ok(Some((bytes, fds))) => message(&header, &bytes, fds).map(Incoming::Message),
+        Ok(None) => Ok(Incoming::Part),
+        Err(Errno::ECONNRESET) => Ok(Incoming::Closed),
+        Err(error) => Err(PeerError::Socket(error)),
+    }
 }
 
-impl Assembler {
-    /// Reads no more than the current message, so that descriptors cannot be taken for those of the next one.
-    pub(super) fn next(&mut self, stream: &Stream) -> Result<Incoming, PeerError> {
-        loop {
-            let want = self.want()?;
-            if self.have == want {
-                return self.finish().map(Incoming::Message);
-            }
-            self.buf.resize(want, 0);
-            let rest = self.buf.get_mut(self.have..).unwrap_or(&mut []);
-            match stream.receive(rest, &mut self.fds, MAX_FDS) {
-                Ok(Received::Bytes(n)) => self.have += n,
-                Ok(Received::Nothing) => return Ok(Incoming::Nothing),
-                Ok(Received::Closed) => return Ok(Incoming::Closed),
-                Err(e) => return Err(PeerError::Socket(e)),
-            }
-        }
+/// How many bytes the message has.
+fn length(header: &Header) -> Result<usize, PeerError> {
+    if header.flags & VERSION_MASK != VERSION || header.flags & FLAG_REPLY != 0 {
+        return Err(PeerError::Flags(header.flags));
     }
+    match header.size as usize {
+        n if n <= MAX_PAYLOAD => Ok(HEADER + n),
+        _ => Err(PeerError::TooLong(header.size)),
+    }
+}
 
-    fn header(&self) -> Option<Header> {
-        let bytes = self.buf.get(..HEADER).filter(|_| self.have >= HEADER)?;
-        Header::read_from_bytes(bytes).ok()
-    }
-
-    /// How many bytes the message has, as far as that is known.
-    fn want(&self) -> Result<usize, PeerError> {
-        let Some(header) = self.header() else {
-            return Ok(HEADER);
-        };
-        if header.flags & VERSION_MASK != VERSION || header.flags & FLAG_REPLY != 0 {
-            return Err(PeerError::Flags(header.flags));
-        }
-        match header.size as usize {
-            n if n <= MAX_PAYLOAD => Ok(HEADER + n),
-            _ => Err(PeerError::TooLong(header.size)),
-        }
-    }
-
-    fn finish(&mut self) -> Result<Message, PeerError> {
-        let header = self.header().unwrap_or_default();
-        let payload = self.buf.get(HEADER..).unwrap_or(&[]).to_vec();
-        self.buf.clear();
-        self.have = 0;
-        let fds = std::mem::take(&mut self.fds);
-        let request =
-            Request::from_raw(header.request).ok_or(PeerError::Unknown(header.request))?;
-        Ok(Message {
-            request,
-            need_reply: header.flags & FLAG_NEED_REPLY != 0,
-            payload,
-            fds,
-        })
-    }
+fn message(header: &Header, bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Message, PeerError> {
+    let request = Request::from_raw(header.request).ok_or(PeerError::Unknown(header.request))?;
+    Ok(Message {
+        request,
+        need_reply: header.flags & FLAG_NEED_REPLY != 0,
+        len: bytes.len(),
+        payload: bytes.get(HEADER..).unwrap_or(&[]).to_vec(),
+        fds,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keeper::Keeper;
     use crate::os::eventfd::EventFd;
+    use crate::os::socket::Stream;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
     use zerocopy::IntoBytes;
 
-    fn pair() -> (Stream, Stream) {
+    fn pair() -> (Stream, Link) {
         let (a, b) = UnixStream::pair().unwrap();
-        (Stream::new(a).unwrap(), Stream::new(b).unwrap())
+        let link = Link::new(Stream::new(b).unwrap(), "link", &Keeper::default());
+        (Stream::new(a).unwrap(), link.unwrap())
     }
 
     fn bytes(request: u32, flags: u32, size: u32, payload: &[u8]) -> Vec<u8> {
@@ -150,35 +136,40 @@ mod tests {
 
     #[test]
     fn a_message_in_single_bytes_is_put_together_and_the_next_is_left_alone() {
-        let (front, back) = pair();
+        let (front, mut back) = pair();
         let event = EventFd::new().unwrap();
-        let mut assembler = Assembler::default();
         let first = bytes(2, 0x9, 8, &7u64.to_ne_bytes());
         let (last, head) = first.split_last().unwrap();
+        assert!(matches!(next(&back), Ok(Incoming::Nothing)));
         for (i, byte) in head.iter().enumerate() {
             let fd = [event.as_fd()];
             front
                 .send(&[*byte], if i == 0 { &fd } else { &[] })
                 .unwrap();
-            assert!(matches!(assembler.next(&back), Ok(Incoming::Nothing)));
+            assert!(matches!(next(&back), Ok(Incoming::Part)));
         }
         front
             .send(&[&[*last], &bytes(3, 1, 0, &[])[..]].concat(), &[])
             .unwrap();
-        let Ok(Incoming::Message(message)) = assembler.next(&back) else {
+        let Ok(Incoming::Message(message)) = next(&back) else {
             panic!("no message");
         };
         assert_eq!(message.request, Request::SetFeatures);
         assert!(message.need_reply);
+        assert_eq!(message.len, first.len());
         assert_eq!(message.read::<u64>(), Ok(7));
         assert_eq!(message.fds.len(), 1);
-        let Ok(Incoming::Message(message)) = assembler.next(&back) else {
+        back.obeyed(message.len);
+        back.settle().unwrap();
+        let Ok(Incoming::Message(message)) = next(&back) else {
             panic!("no second message");
         };
         assert_eq!(message.request, Request::SetOwner);
         assert!(!message.need_reply && message.fds.is_empty());
+        back.obeyed(message.len);
+        back.settle().unwrap();
         drop(front);
-        assert!(matches!(assembler.next(&back), Ok(Incoming::Closed)));
+        assert!(matches!(next(&back), Ok(Incoming::Closed)));
     }
 
     #[test]
@@ -195,7 +186,7 @@ mod tests {
         for (sent, want) in cases {
             let (front, back) = pair();
             front.send(&sent, &[]).unwrap();
-            assert_eq!(Assembler::default().next(&back).unwrap_err(), want);
+            assert_eq!(next(&back).unwrap_err(), want);
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The in-flight record that a front end keeps for its back ends: its memory, and which part belongs to which ring.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
 use ferry_shared::limits::MAX_RING_SIZE;
@@ -11,7 +12,9 @@ use super::error::PeerError;
 use super::frame::Message;
 use super::wire::{INFLIGHT_MIN, Inflight};
 use crate::engine::QueueIdx;
+use crate::keeper::Keeper;
 use crate::mem::{GuestMap, Iova};
+use crate::os::fdstore::Kept;
 use crate::os::mmap::{MappedRegion, SharedMap, guest_map, new_memfd};
 use crate::virtio::device::DeviceModel;
 use crate::virtio::inflight::{InflightQueue, queue_record_len};
@@ -21,8 +24,8 @@ use crate::virtio::inflight::{InflightQueue, queue_record_len};
 pub(super) struct Record {
     /// Mapped at address 0.
     map: Arc<GuestMap>,
-    queues: u16,
-    queue_size: u16,
+    given: Inflight,
+    file: Option<Kept>,
 }
 
 impl Record {
@@ -58,14 +61,33 @@ impl Record {
     }
 
     /// Takes the record that comes with `SET_INFLIGHT_FD`.
-    pub(super) fn adopt(m: &mut Message) -> Result<Record, PeerError> {
+    pub(super) fn adopt(m: &mut Message, keeper: &Keeper) -> Result<Record, PeerError> {
         let given = payload(m)?;
         let fd = m.one_fd()?;
+        Record::map(given, &fd, keeper.keep(&fd))
+    }
+
+    /// What a later process needs.
+    pub(super) fn saved(&self) -> Option<(Inflight, u64)> {
+        Some((self.given, self.file.as_ref()?.number()))
+    }
+
+    /// The record that a former process used.
+    pub(super) fn restore(
+        (given, number): (Inflight, u64),
+        keeper: &Keeper,
+    ) -> Result<Record, PeerError> {
+        let file = keeper.fds().adopt(number);
+        let file = file.ok_or(PeerError::Fd(Errno::EBADF))?;
+        Record::map(given, file.clone(), Some(file))
+    }
+
+    fn map(given: Inflight, fd: impl AsFd, kept: Option<Kept>) -> Result<Record, PeerError> {
         let short = given.mmap_size < length(given.num_queues, given.queue_size);
         if short || u32::from(given.queue_size) > MAX_RING_SIZE {
             return Err(bad(given.mmap_size, &given));
         }
-        let file = SharedMap::new(&fd, given.mmap_offset, given.mmap_size, true)?;
+        let file = SharedMap::new(fd, given.mmap_offset, given.mmap_size, true)?;
         let region = MappedRegion {
             iova: Iova(0),
             map: Arc::new(file),
@@ -73,17 +95,17 @@ impl Record {
         };
         Ok(Record {
             map: Arc::new(guest_map(&[region])?),
-            queues: given.num_queues,
-            queue_size: given.queue_size,
+            given,
+            file: kept,
         })
     }
 
     /// The part of one ring, if it has one.
     pub(super) fn queue(&self, idx: QueueIdx) -> Result<Option<InflightQueue>, PeerError> {
-        if idx.0 >= self.queues {
+        if idx.0 >= self.given.num_queues {
             return Ok(None);
         }
-        let queue = InflightQueue::new(&self.map, idx.0, self.queue_size)?;
+        let queue = InflightQueue::new(&self.map, idx.0, self.given.queue_size)?;
         Ok(Some(queue))
     }
 }

@@ -8,9 +8,11 @@ use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use serde::{Deserialize, Serialize};
 
 use super::error::PeerError;
 use super::wire::VringAddr;
+use crate::keeper::Keeper;
 use crate::mem::{GuestMap, Iova};
 use crate::os::eventfd::EventFd;
 use crate::virtio::queue::QueueState;
@@ -20,7 +22,7 @@ use crate::virtio::spec::{DESC_SIZE, DescFlags, PackedDesc};
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Where a ring begins.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Base {
     /// Nothing was said.
     #[default]
@@ -45,6 +47,28 @@ pub(super) struct Ring {
     pub(super) ran: bool,
 }
 
+/// A ring as it is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct RingV1 {
+    size: Option<u16>,
+    addr: Option<VringAddr>,
+    base: Base,
+    kick: KickV1,
+    call: Option<u64>,
+    err: Option<u64>,
+    enabled: bool,
+    ran: bool,
+}
+
+/// What kicks a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum KickV1 {
+    Nothing,
+    /// It is looked at again and again.
+    Itself,
+    Event(u64),
+}
+
 /// A position as the protocol writes it.
 pub(super) fn encode(state: &QueueState, packed: bool) -> u32 {
     let used = if packed { state.used } else { 0 };
@@ -52,6 +76,62 @@ pub(super) fn encode(state: &QueueState, packed: bool) -> u32 {
 }
 
 impl Ring {
+    /// What a later process needs.
+    pub(super) fn saved(&self) -> RingV1 {
+        let Ring {
+            size,
+            addr,
+            base,
+            kick,
+            call,
+            err,
+            enabled,
+            ran,
+        } = self;
+        let number = |event: &Option<Arc<EventFd>>| event.as_ref().and_then(|e| e.number());
+        RingV1 {
+            size: *size,
+            addr: *addr,
+            base: base.clone(),
+            kick: match (kick, number(kick)) {
+                (None, _) => KickV1::Nothing,
+                (Some(_), None) => KickV1::Itself,
+                (Some(_), Some(number)) => KickV1::Event(number),
+            },
+            call: number(call),
+            err: number(err),
+            enabled: *enabled,
+            ran: *ran,
+        }
+    }
+
+    /// The ring of a former process.
+    pub(super) fn restore(saved: RingV1, keeper: &Keeper) -> Result<Ring, PeerError> {
+        let adopt = |number: u64| {
+            let event = EventFd::adopt(number, keeper.fds());
+            event.map(Arc::new).map_err(PeerError::Fd)
+        };
+        Ok(Ring {
+            size: saved.size,
+            addr: saved.addr,
+            base: saved.base,
+            kick: match saved.kick {
+                KickV1::Nothing => None,
+                KickV1::Itself => Some(self_kick()?),
+                KickV1::Event(number) => Some(adopt(number)?),
+            },
+            call: saved.call.map(adopt).transpose()?,
+            err: saved.err.map(adopt).transpose()?,
+            enabled: saved.enabled,
+            ran: saved.ran,
+        })
+    }
+
+    /// Whether the ring goes on where it stopped, so that what is recorded as in flight is in flight.
+    pub(super) fn goes_on(&self, state: &QueueState) -> bool {
+        self.ran || matches!(&self.base, Base::Kept(kept) if kept.used == state.used)
+    }
+
     /// The ring as it is when the device has been reset. Where its interrupts go is the front end's business, not the driver's.
     pub(super) fn reset(&mut self) {
         let Ring {
@@ -147,16 +227,16 @@ pub(super) fn self_kick() -> Result<Arc<EventFd>, PeerError> {
     timer
         .set(every, TimerSetTimeFlags::empty())
         .map_err(PeerError::Fd)?;
-    event(timer.into())
+    event(timer.into()).map(Arc::new)
 }
 
 /// An event of the front end: an eventfd, or the pipe or socket that some use in its place. A file or a device would be
 /// readable all the time and keep its core busy.
-pub(super) fn event(fd: OwnedFd) -> Result<Arc<EventFd>, PeerError> {
+pub(super) fn event(fd: OwnedFd) -> Result<EventFd, PeerError> {
     let mode = SFlag::from_bits_truncate(fstat(&fd).map_err(PeerError::Fd)?.st_mode);
     let kind = mode & SFlag::S_IFMT;
     if !kind.is_empty() && kind != SFlag::S_IFIFO && kind != SFlag::S_IFSOCK {
         return Err(PeerError::Fd(Errno::EINVAL));
     }
-    EventFd::from_peer(fd).map(Arc::new).map_err(PeerError::Fd)
+    EventFd::from_peer(fd).map_err(PeerError::Fd)
 }

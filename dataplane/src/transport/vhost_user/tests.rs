@@ -1,4 +1,4 @@
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use crate::engine::{QueueIdx, QueueKind};
 use crate::mem::Iova;
 use crate::os::eventfd::EventFd;
 use crate::os::mmap::new_memfd;
-use crate::os::socket::Received;
+use crate::os::socket::{Received, Stream};
 use crate::transport::fake::{Asked, DEVICE, FakeCores, stopped};
 use crate::virtio::inflight::queue_record_len;
 
@@ -58,7 +58,14 @@ fn spec() -> DeviceSpec {
 fn rig_of(name: &str, spec: &DeviceSpec) -> Rig {
     let socket = std::env::temp_dir().join(format!("ferry-vu-{}-{name}", std::process::id()));
     let poller = Arc::new(Poller::new().unwrap());
-    let device = VhostUser::open(spec, DEVICE, &socket, Arc::clone(&poller)).unwrap();
+    let device = VhostUser::open(
+        spec,
+        DEVICE,
+        &socket,
+        Arc::clone(&poller),
+        &Keeper::default(),
+    )
+    .unwrap();
     let front = Stream::new(UnixStream::connect(&socket).unwrap()).unwrap();
     let mut rig = Rig {
         device,
@@ -847,6 +854,7 @@ fn a_closed_device_hangs_up_waits_for_its_queues_and_removes_its_socket() {
         DEVICE,
         &other.socket.with_extension("third"),
         Arc::clone(&rig.poller),
+        &Keeper::default(),
     )
     .unwrap();
     assert!(!socket.exists());

@@ -3,6 +3,7 @@
 //! Layout only. Numbers are in the host's byte order, as the protocol says; whoever reads a payload checks its size first.
 
 use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Longest payload that either end accepts. The longest one defined (`GET_CONFIG`, memory tables) is far shorter.
@@ -210,7 +211,18 @@ pub struct VringState {
 
 /// Addresses of a ring, in the front end's address space.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Serialize,
+    Deserialize,
 )]
 #[repr(C)]
 pub struct VringAddr {
@@ -242,7 +254,18 @@ pub struct MemTable {
 
 /// A region of guest memory.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Serialize,
+    Deserialize,
 )]
 #[repr(C)]
 pub struct MemRegion {
@@ -284,7 +307,18 @@ pub struct ConfigHeader {
 
 /// Describes the in-flight record.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Serialize,
+    Deserialize,
 )]
 #[repr(C)]
 pub struct Inflight {

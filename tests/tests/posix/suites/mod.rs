@@ -2,6 +2,7 @@
 
 mod fio;
 mod fsx;
+mod guest;
 mod pjdfstest;
 mod programs;
 mod stress;
@@ -13,8 +14,14 @@ use std::env;
 use std::path::PathBuf;
 
 /// All of them, in the order of the table.
-pub(crate) const SUITES: [&dyn Suite; 4] =
-    [&pjdfstest::Pjdfstest, &fsx::Fsx, &fio::Fio, &stress::Stress];
+pub(crate) const SUITES: [&dyn Suite; 6] = [
+    &pjdfstest::Pjdfstest,
+    &guest::InGuests,
+    &fsx::Fsx,
+    &fio::Fio,
+    &stress::Stress,
+    &programs::Programs,
+];
 
 /// A program that cargo has installed into the cache of the rigs.
 fn installed(name: &str) -> Result<PathBuf> {
@@ -53,6 +60,13 @@ fn check(suite: &dyn Suite) {
 #[test]
 fn a_mount_passes_every_test_of_pjdfstest_that_the_export_passes() {
     check(&pjdfstest::Pjdfstest);
+}
+
+#[test]
+fn a_guest_passes_every_test_of_pjdfstest_that_the_export_passes() {
+    need!(can_mount());
+    need!(guest::InGuests.ready());
+    guest::check().unwrap();
 }
 
 #[test]

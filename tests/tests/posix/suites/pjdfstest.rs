@@ -51,9 +51,7 @@ impl Suite for Pjdfstest {
             .arg(configuration(&scratch)?)
             .arg("-p")
             .arg(dir);
-        if !full() {
-            command.args(PARTS);
-        }
+        command.args(parts());
         let output = command.output().context("run pjdfstest")?;
         let text = String::from_utf8_lossy(&output.stdout);
         let outcomes = outcomes(&text);
@@ -66,8 +64,13 @@ impl Suite for Pjdfstest {
     }
 }
 
+/// What it is to run; nothing means everything.
+pub(super) fn parts() -> &'static [&'static str] {
+    if full() { &[] } else { &PARTS }
+}
+
 /// What pjdfstest prints, a line for each test.
-fn outcomes(text: &str) -> Outcomes {
+pub(super) fn outcomes(text: &str) -> Outcomes {
     text.lines()
         .filter_map(|line| line.split_once(' '))
         .filter(|(test, _)| test.contains("::") && *test != NOT_ON_A_MOUNT)
@@ -111,7 +114,8 @@ fn configuration(dir: &TempDir) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn configured(first: &str, second: &str) -> String {
+/// The text of a configuration.
+pub(super) fn configured(first: &str, second: &str) -> String {
     format!(
         "[features]\nposix_fallocate = {{}}\nstat_st_birthtime = {{}}\nutimensat = {{}}\nutime_now = {{}}\n\
          [settings]\nnaptime = 0.02\nallow_remount = false\n\

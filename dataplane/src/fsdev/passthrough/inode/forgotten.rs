@@ -9,6 +9,7 @@ use core::sync::atomic::Ordering::Relaxed;
 
 use super::{Inode, Inodes};
 use crate::fsdev::table::Pinned;
+use crate::fuse::abi::FUSE_ROOT_ID;
 
 /// Most forgotten inodes; fewer in a small table.
 const MOST: u32 = 1 << 16;
@@ -82,11 +83,27 @@ impl Inodes {
                 continue;
             }
             let shard = self.table.lock(inode.key().hash());
-            if inode.lookups.load(Relaxed) == 0 && shard.remove(&pin) {
+            let gone = inode.lookups.load(Relaxed) == 0 && shard.remove(&pin);
+            drop(shard);
+            if gone {
                 self.forgotten.leave(0);
+                self.unkeep(&pin);
                 ended += 1;
             }
         }
         ended > 0
+    }
+
+    /// Counts those that an earlier process has left.
+    pub(super) fn recount_forgotten(&self) {
+        let left = self
+            .table
+            .indexes()
+            .filter_map(|at| self.table.pin_index(at));
+        for pin in left {
+            if pin.id() != FUSE_ROOT_ID && pin.record().lookups.load(Relaxed) == 0 {
+                self.forgotten.add();
+            }
+        }
     }
 }

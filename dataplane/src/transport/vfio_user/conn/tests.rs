@@ -4,6 +4,7 @@ use super::*;
 use crate::id::QueueIdx;
 use crate::os::eventfd::EventFd;
 use crate::os::mmap::new_memfd;
+use crate::os::socket::Received;
 use crate::platform::Platform;
 use crate::transport::fake::{Asked, DEVICE, FakeCores, stopped};
 use ferry_shared::msg::{Attach, Platform as Guest};
@@ -83,7 +84,9 @@ impl Rig {
             DEVICE,
             &place,
             &place.socket(&dir),
+            true,
             Arc::clone(&poller),
+            &Keeper::default(),
         )
         .unwrap();
         let client = connect(&device);

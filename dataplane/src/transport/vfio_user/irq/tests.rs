@@ -28,7 +28,7 @@ const EVENTS: u32 = DATA_EVENTFD | ACTION_TRIGGER;
 
 #[test]
 fn vectors_go_where_the_client_says() {
-    let mut irqs = Interrupts::new(3);
+    let mut irqs = Interrupts::new(3, &Arc::default());
     let ((a, fa), (b, fb)) = (event(), event());
     let changed = irqs
         .set(&set(irq::MSIX, EVENTS, 1, 2), &[], vec![fa, fb])
@@ -52,7 +52,7 @@ fn vectors_go_where_the_client_says() {
 
 #[test]
 fn the_client_can_fire_its_own_interrupts() {
-    let mut irqs = Interrupts::new(2);
+    let mut irqs = Interrupts::new(2, &Arc::default());
     let ((a, fa), (b, fb)) = (event(), event());
     irqs.set(&set(irq::MSIX, EVENTS, 0, 2), &[], vec![fa, fb])
         .unwrap();
@@ -74,7 +74,7 @@ fn the_client_can_fire_its_own_interrupts() {
 
 #[test]
 fn the_pin_fires_once_until_it_is_unmasked() {
-    let mut irqs = Interrupts::new(0);
+    let mut irqs = Interrupts::new(0, &Arc::default());
     let (pin, fd) = event();
     assert!(
         irqs.set(&set(irq::INTX, EVENTS, 0, 1), &[], vec![fd])
@@ -110,7 +110,7 @@ fn the_pin_fires_once_until_it_is_unmasked() {
 
 #[test]
 fn malformed_requests_are_refused_and_change_nothing() {
-    let mut irqs = Interrupts::new(3);
+    let mut irqs = Interrupts::new(3, &Arc::default());
     let refused = [
         set(5, EVENTS, 0, 1),
         set(irq::MSIX, EVENTS, 0, 4),
@@ -138,7 +138,7 @@ fn malformed_requests_are_refused_and_change_nothing() {
 
 #[test]
 fn every_kind_tells_its_number() {
-    let irqs = Interrupts::new(3);
+    let irqs = Interrupts::new(3, &Arc::default());
     let counts: Vec<_> = (0..5).map(|i| irqs.info(i).unwrap().1).collect();
     assert_eq!(counts, [1, 0, 3, 1, 1]);
     assert_eq!(irqs.info(5), None);
