@@ -5,9 +5,11 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::{
     Guest, Kernel, RunningGuest, Service, ServiceConfig, TempDir, binary, need, wait_until,
 };
+use nix::sys::signal::{Signal, kill};
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(180);
@@ -154,6 +156,34 @@ impl Rig {
     fn unplug(&self) -> Result<()> {
         self.line("virtio_fs_doca_device_hotunplug --dev-name vfsdev0 --wait-for-done")?;
         Ok(())
+    }
+
+    /// A second device, on a function of its own that is not plugged; gives the VUID.
+    fn add_unplugged(&self) -> Result<String> {
+        let vuid = self.line("virtio_fs_doca_function_create --manager mlx5_0")?;
+        let vuid = vuid.as_str().context("no VUID")?.to_owned();
+        self.line(
+            "virtio_fs_device_create --transport-name DOCA --dev-name vfsdev1 --tag other --fsdev aio0 \
+             --num-request-queues 2 --queue-size 64",
+        )?;
+        self.line(&format!(
+            "virtio_fs_doca_device_modify --dev-name vfsdev1 --manager mlx5_0 --vuid {vuid}"
+        ))?;
+        self.line("virtio_fs_device_start --dev-name vfsdev1")?;
+        Ok(vuid)
+    }
+
+    /// Kills the data plane, and waits until the control plane talks to the next one.
+    fn kill_dataplane(&self) -> Result<()> {
+        let former = self.service.child("ferry-dataplane")?;
+        kill(former, Signal::SIGKILL)?;
+        wait_until("another data plane runs", LIMIT, || {
+            let now = self.service.child("ferry-dataplane");
+            Ok(now.is_ok_and(|pid| pid != former))
+        })?;
+        wait_until("the data plane is asked", LIMIT, || {
+            Ok(self.service.rpc("framework_get_pci_devices")?.ok)
+        })
     }
 
     fn log(&self) -> String {
@@ -376,6 +406,110 @@ fn the_ports_of_the_switch_are_as_many_as_its_functions() {
         rig.line("virtio_fs_doca_function_destroy --manager mlx5_0 --vuid MT2333XZ0VJQVFSS2D0F0")?;
         let vuid = rig.line("virtio_fs_doca_function_create --manager mlx5_0")?;
         ensure!(vuid == "MT2333XZ0VJQVFSS2D0F0", "{vuid}");
+        Ok(())
+    });
+}
+
+#[test]
+fn what_is_plugged_stays_so_when_the_data_plane_is_killed_and_what_is_not_does_not_get_so() {
+    need!(binary("ferry"));
+    let rig = Rig::new(false).unwrap();
+    with_log(&rig, || {
+        let vuid = rig.bring_up()?;
+        let other = rig.add_unplugged()?;
+        let at = |vuid: &str| rig.service.run_dir().join(format!("pci/{vuid}.sock"));
+        let (socket, other_socket) = (at(&vuid), at(&other));
+        rig.kill_dataplane()?;
+        rig.check_function(&vuid, "POWER_OFF", "")?;
+        ensure!(!exists(&socket), "it was offered without being plugged");
+
+        rig.line("virtio_fs_doca_device_hotplug --dev-name vfsdev0")?;
+        let file = fs::metadata(&socket)?.ino();
+        rig.kill_dataplane()?;
+        rig.check_function(&vuid, "PLUG_IN_PROGRESS", "")?;
+        ensure!(fs::metadata(&socket)?.ino() == file, "another socket");
+
+        let mount = rig.service.mount(&socket)?;
+        rig.check_function(&vuid, "POWER_ON", "0000:2a:00.0")?;
+        rig.kill_dataplane()?;
+        rig.check_function(&vuid, "POWER_ON", "0000:2a:00.0")?;
+        fs::write(mount.path().join("answer"), "written\n")?;
+        let answer = fs::read_to_string(rig.export.join("answer"))?;
+        ensure!(answer == "written\n", "the mount wrote {answer:?}");
+        ensure!(!exists(&other_socket), "the other one is offered");
+
+        mount.unmount()?;
+        wait_until("the function is off", LIMIT, || {
+            Ok(rig.check_function(&vuid, "POWER_OFF", "").is_ok())
+        })?;
+        rig.kill_dataplane()?;
+        rig.check_function(&vuid, "POWER_OFF", "")?;
+        ensure!(!exists(&socket), "a function that is off has a socket");
+
+        rig.line("virtio_fs_doca_device_hotplug --dev-name vfsdev0")?;
+        let mount = rig.service.mount(&socket)?;
+        let greeting = fs::read_to_string(mount.path().join("greeting"))?;
+        ensure!(greeting == "from the DPU\n", "{greeting:?}");
+        // This host does not let go of it when it is asked.
+        rig.line("virtio_fs_doca_device_hotunplug --dev-name vfsdev0")?;
+        rig.check_function(&vuid, "UNPLUG_IN_PROGRESS", "0000:2a:00.0")?;
+        rig.kill_dataplane()?;
+        rig.check_function(&vuid, "UNPLUG_IN_PROGRESS", "0000:2a:00.0")?;
+        ensure!(!exists(&socket), "it is offered while it is unplugged");
+        fs::write(mount.path().join("answer"), "later\n")?;
+        mount.unmount()?;
+        wait_until("the function is off", LIMIT, || {
+            Ok(rig.check_function(&vuid, "POWER_OFF", "").is_ok())
+        })
+    });
+}
+
+#[test]
+fn a_function_that_was_destroyed_does_not_come_back_when_the_data_plane_is_killed() {
+    need!(binary("ferry"));
+    let rig = Rig::new(false).unwrap();
+    with_log(&rig, || {
+        rig.bring_up()?;
+        let gone = "MT2333XZ0VJQVFSS2D0F0";
+        ensure!(rig.line("virtio_fs_doca_function_create --manager mlx5_0")? == gone);
+        rig.line(&format!(
+            "virtio_fs_doca_function_destroy --manager mlx5_0 --vuid {gone}"
+        ))?;
+        rig.kill_dataplane()?;
+        let functions = rig.line("virtio_fs_doca_get_functions")?;
+        let list = functions[0]["Function List"].as_array();
+        ensure!(list.is_some_and(|list| list.len() == 1), "{functions}");
+        Ok(())
+    });
+}
+
+#[test]
+fn changed_firmware_settings_wait_for_a_new_start_and_not_for_a_crash() {
+    need!(binary("ferry"));
+    let rig = Rig::new(false).unwrap();
+    with_log(&rig, || {
+        rig.bring_up()?;
+        let fwconfig = |action: &[&str]| -> Result<String> {
+            let output = Command::new(binary("ferry")?)
+                .args(["fwconfig", "-d", "mlx5_0", "--run-dir"])
+                .arg(rig.service.run_dir())
+                .args(action)
+                .output()?;
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            ensure!(output.status.success(), "{action:?}: {said} {output:?}");
+            Ok(said)
+        };
+        let name = "PCI_SWITCH_EMULATION_NUM_PORT";
+        fwconfig(&["set", &format!("{name}=2")])?;
+        let before = fwconfig(&["query", name])?;
+        rig.kill_dataplane()?;
+        let after = fwconfig(&["query", name])?;
+        ensure!(before == after, "before: {before}\nafter: {after}");
+        // With the new setting there would be one port.
+        for n in 2..=4 {
+            let vuid = rig.line("virtio_fs_doca_function_create --manager mlx5_0")?;
+            ensure!(vuid == format!("MT2333XZ0VJQVFSS{n}D0F0"), "{vuid}");
+        }
         Ok(())
     });
 }

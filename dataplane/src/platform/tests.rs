@@ -289,3 +289,23 @@ fn a_missing_file_is_named() {
     let error = Platform::delivered(Some(Path::new("/nonexistent/p.toml"))).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/p.toml"));
 }
+
+#[test]
+fn a_process_that_goes_on_has_the_settings_of_the_former_one_and_a_new_one_those_of_the_store() {
+    let dir = std::env::temp_dir().join(format!("ferry-resume-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (file, store) = (dir.join("platform.toml"), dir.join("firmware.toml"));
+    std::fs::write(&file, manager("", "VIRTIO_FS_EMULATION_NUM_PF = 2")).unwrap();
+    let former = Platform::load(Some(&file), &store).unwrap();
+    let kept = former.record(Some(&file), &store).text();
+    let mut changed = former.record(None, Path::new(""));
+    changed.origin = None;
+    let settings = changed.settings.get_mut("mlx5_0").unwrap();
+    settings.set(firmware::NUM_PF, 1, 2).unwrap();
+    changed.save(&store).unwrap();
+    let resumed = Platform::resume(Some(&file), &kept).unwrap();
+    assert_eq!(resumed, former);
+    let new = Platform::load(Some(&file), &store).unwrap();
+    assert_eq!(new.managers()[0].functions.len(), 1);
+    std::fs::remove_dir_all(&dir).unwrap();
+}
