@@ -3,6 +3,21 @@
 //! [`Reactor::turn`] is the life of a request in order. The reactor is called by its core only, never blocks, and never
 //! allocates once its queues are started; system calls, time and other threads are behind [`System`], so the same code runs
 //! pinned on a core, in a fuzzer and in a simulation.
+//!
+//! # What a request costs
+//!
+//! Instructions of a GETATTR on the `null` file system, indirect descriptors in a split ring, counted with callgrind
+//! (`tools/instructions` holds every operation to its budget):
+//!
+//! | part | share | what is left of it |
+//! | --- | --- | --- |
+//! | taking from the ring (`Queue::pop`) | 43 % | the look ahead that hides cache misses, and four checked translations |
+//! | parsing, running, replying (`dispatch::execute`) | 21 % | writing the reply where the guest may have scattered it: 8 % |
+//! | counting, giving back (`release`) | 6 % | one look at the clock |
+//! | the rest | 30 % | finding slot, queue and map again at each step, bounds checks |
+//!
+//! Instructions are not time: most of the latter goes to cache lines that the guest's processor has just written, which is
+//! why requests are fetched before they are popped (`SplitRing::look_ahead`).
 
 mod queues;
 mod request;

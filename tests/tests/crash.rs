@@ -261,7 +261,7 @@ impl Rig {
         let mut numbers = Numbers(0xfe44);
         let mut pauses = Vec::new();
         for _ in 0..times {
-            load.await_answers(1 + numbers.below(400) as u64)?;
+            load.await_answers(1 + numbers.below(4000) as u64)?;
             if load.failed() {
                 break;
             }

@@ -31,14 +31,17 @@ use work::Work;
 /// The command line of `ferry bench`.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// What to measure, in turn: [NAME=]SOCKET[,pid=PID][,vfio-user|,vhost-user] for a device, NAME=raw:DIR or
-    /// NAME=ring:DIR for the exported directory itself, by system calls or through io_uring. Names that begin alike
-    /// up to a slash are one family, of which --table takes the best
-    #[arg(value_name = "TARGET", required = true)]
-    targets: Vec<Target>,
-    /// What to do: KIND[:BLOCK[:DEPTH[:QUEUES]]]; the kinds are randread, read, randwrite, write, getattr, lookup, open,
-    /// create, readdirplus and mixed
     #[arg(
+        value_name = "TARGET",
+        required = true,
+        help = "What to measure, in turn: [NAME=]SOCKET[,pid=PID][,vfio-user|,vhost-user] for a device, NAME=raw:DIR or \
+                NAME=ring:DIR for the exported directory itself, by system calls or through io_uring. Names that begin \
+                alike up to a slash are one family, of which --table takes the best"
+    )]
+    targets: Vec<Target>,
+    #[arg(
+        help = "What to do: KIND[:BLOCK[:DEPTH[:QUEUES]]]; the kinds are randread, read, randwrite, write, getattr, \
+                lookup, open, create, readdirplus and mixed",
         short,
         long,
         value_name = "WORK",

@@ -22,7 +22,7 @@ use super::pass::Passed;
 use super::{Reach, file_name, sockets};
 
 /// A process that has lived this long has not been started in vain.
-const SETTLED: Duration = Duration::from_millis(300);
+const SETTLED: Duration = Duration::from_millis(100);
 /// So many processes that were started in vain, one after the other, are replaced at once.
 const FREE_STARTS: u32 = 20;
 const FIRST_DELAY: Duration = Duration::from_millis(100);

@@ -130,7 +130,7 @@ fn app_args_that_are_not_understood_are_quoted_in_the_error() {
 fn delays_double_up_to_a_limit_and_begin_again_after_a_long_life() {
     let mut backoff = Backoff::default();
     let mut after = |ms| backoff.after(Duration::from_millis(ms)).as_millis();
-    let delays: Vec<u128> = (0..28).map(|_| after(100)).collect();
+    let delays: Vec<u128> = (0..28).map(|_| after(50)).collect();
     let growing = [100, 200, 400, 800, 1600, 3200, 5000, 5000];
     assert_eq!(delays, [&[0; 20][..], &growing].concat());
     assert_eq!(after(600), 0);
