@@ -283,6 +283,11 @@ fn a_function_comes_and_goes_during_io_in_a_linux_guest() {
         for n in 1..=n {
             rig.plug().with_context(|| format!("cycle {n}"))?;
             guest.wait_for(&format!("BUSY {n}"), LIMIT)?;
+            if n % 4 == 0 {
+                // The next data plane goes on with the guest, and takes the function away from it.
+                rig.kill_dataplane()?;
+                rig.check_device("POWER_ON")?;
+            }
             rig.unplug()
                 .with_context(|| format!("cycle {n}; the guest says:\n{}", guest.console()))?;
             guest.wait_for(&format!("GONE {n}"), LIMIT)?;
