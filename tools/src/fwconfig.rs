@@ -39,7 +39,7 @@ pub struct Args {
     /// Platform file [default: that of the data plane that runs, or else the built-in platform]
     #[arg(long, value_name = "FILE")]
     platform: Option<PathBuf>,
-    /// Store of the settings [default: that of the data plane that runs, or else /var/lib/ferry/firmware.toml]
+    /// Store of the settings [default: that of the data plane that runs, or else /etc/ferry/firmware.toml]
     #[arg(long, value_name = "FILE")]
     firmware: Option<PathBuf>,
     #[command(subcommand)]

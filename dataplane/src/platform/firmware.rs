@@ -17,8 +17,8 @@ use toml::{Table, Value};
 
 use super::PlatformError;
 
-/// Where the store is when nobody names another place.
-pub const DEFAULT_STORE: &str = "/var/lib/ferry/firmware.toml";
+/// Where the store is when nobody names another place: not in a state directory, which the control plane may own.
+pub const DEFAULT_STORE: &str = "/etc/ferry/firmware.toml";
 
 /// The record's name in the run directory.
 pub const RECORD: &str = "firmware.toml";

@@ -24,7 +24,7 @@ pub struct Args {
     /// Platform file: emulation managers and functions
     #[arg(long, value_name = "FILE")]
     pub platform: Option<PathBuf>,
-    /// Settings of the emulated firmware, which `ferry fwconfig` changes [default: /var/lib/ferry/firmware.toml]
+    /// Settings of the emulated firmware, which `ferry fwconfig` changes [default: /etc/ferry/firmware.toml]
     #[arg(long, value_name = "FILE")]
     pub firmware: Option<PathBuf>,
     /// How cores wait for work: adaptive, busy or interrupt
