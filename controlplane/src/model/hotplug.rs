@@ -37,9 +37,20 @@ impl Model {
         Box::new(Ticket { command, effect })
     }
 
-    /// Begins to create a function on a hot-plug port.
-    pub fn function_create(&self, manager: &str) -> Result<Step, Failure> {
+    /// The functions on hot-plug ports that are to exist, oldest first.
+    pub fn hotplug_functions(&self) -> &[HotplugFunction] {
+        &self.functions
+    }
+
+    /// Begins to create a function on a hot-plug port: the one with this VUID, or any.
+    pub fn function_create(&self, manager: &str, vuid: Option<&str>) -> Result<Step, Failure> {
         self.manager(manager)?;
+        if let Some(vuid) = vuid.filter(|vuid| self.function(manager, vuid).is_some()) {
+            return refuse(
+                Errno::EEXIST,
+                format!("manager {manager} has function {vuid} already"),
+            );
+        }
         let ports = self.offered_manager(manager)?.hotplug_ports;
         if ports == 0 {
             return refuse(
@@ -62,7 +73,7 @@ impl Model {
         }
         let command = Command::FunctionCreate {
             manager: manager.to_owned(),
-            vuid: None,
+            vuid: vuid.map(str::to_owned),
         };
         Ok(Step::Send(Model::port_ticket(
             command,

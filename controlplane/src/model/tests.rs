@@ -753,13 +753,13 @@ fn what_has_no_hotplug_port_cannot_be_made_or_plugged() {
     let model = running();
     refused(
         &model,
-        |m| m.function_create("mlx5_0"),
+        |m| m.function_create("mlx5_0", None),
         Errno::EOPNOTSUPP,
         &["mlx5_0", "PCI_SWITCH_EMULATION_ENABLE"],
     );
     refused(
         &model,
-        |m| m.function_create("mlx5_9"),
+        |m| m.function_create("mlx5_9", None),
         Errno::ENODEV,
         &["mlx5_9"],
     );
@@ -809,7 +809,7 @@ fn what_has_no_hotplug_port_cannot_be_made_or_plugged() {
 fn a_function_on_a_port_lives_from_creation_to_destruction() {
     let mut model = started();
     model.manager_create("mlx5_1").unwrap();
-    let Step::Send(ticket) = model.function_create("mlx5_1").unwrap() else {
+    let Step::Send(ticket) = model.function_create("mlx5_1", None).unwrap() else {
         panic!("nothing sent")
     };
     let create = Command::FunctionCreate {
@@ -820,13 +820,19 @@ fn a_function_on_a_port_lives_from_creation_to_destruction() {
     model.function_created(on_port());
     model.finish(*ticket, true);
     assert_eq!(model.functions("mlx5_1").count(), 1);
+    refused(
+        &model,
+        |m| m.function_create("mlx5_1", Some("MT2VFSS1D0F0")),
+        Errno::EEXIST,
+        &["MT2VFSS1D0F0 already"],
+    );
     for n in 2..=4 {
         let vuid = format!("MT2VFSS{n}D0F0");
         model.function_created(Function { vuid, ..on_port() });
     }
     refused(
         &model,
-        |m| m.function_create("mlx5_1"),
+        |m| m.function_create("mlx5_1", None),
         Errno::ENOSPC,
         &["all 4 hot-plug ports"],
     );

@@ -93,7 +93,8 @@ pub(super) fn get_functions(app: &App, args: &Args) -> Result<Value, RpcError> {
 
 pub(super) fn function_create(app: Rc<App>, args: Args) -> Answer {
     Box::pin(async move {
-        let step = app.model().function_create(args.required("manager"));
+        let (manager, vuid) = (args.required("manager"), args.text("vuid"));
+        let step = app.model().function_create(manager, vuid);
         match app.carry_out(step?).await? {
             Reply::Function(function) => Ok(Value::String(function.vuid)),
             _ => {

@@ -470,7 +470,14 @@ const OPERATE: &[Method] = &[
     Method {
         name: "virtio_fs_doca_function_create",
         help: "Create a hot-pluggable function and print its VUID",
-        params: &[MANAGER],
+        params: &[
+            MANAGER,
+            Param {
+                mandatory: false,
+                help: "vendor unique identifier of the wanted function, instead of that of the first free port",
+                ..VUID
+            },
+        ],
         dataplane: true,
         output: Output::Json,
         handler: Handler::Later(doca::function_create),

@@ -265,6 +265,11 @@ pub(super) fn config(app: &App) -> Vec<Value> {
             }
         }
     }
+    let functions = model.hotplug_functions().iter();
+    requests.extend(functions.map(|function| {
+        let place = json!({"manager": function.manager, "vuid": function.vuid});
+        call("virtio_fs_doca_function_create", place)
+    }));
     requests.extend(model.devices().iter().flat_map(device_config));
     requests
 }
