@@ -38,7 +38,7 @@ use crate::fuse::parse::{self, Ioctl, LinkTarget, LookupName, Name, Setxattr, Wr
 use crate::fuse::reply::{HEADER, Listing, Reply, fuse_created_out};
 use crate::fuse::session::Session;
 use crate::mem::Segments;
-use crate::recovery::journal::{Journal, Line};
+use crate::recovery::journal::{Journal, Place};
 
 /// Bytes of a request that [`intake`] wants to see, unless the request is shorter.
 pub use crate::fuse::parse::FIRST;
@@ -76,7 +76,7 @@ pub struct Incoming<'a> {
     /// Room to assemble the reply in, at least as long as [`scratch_needed`] says.
     pub scratch: &'a mut [u8],
     /// Where the request notes what it does; `None`: a crash ends everything.
-    pub line: Option<&'a Line>,
+    pub line: Option<Place<'a>>,
 }
 
 /// What has become of a request.

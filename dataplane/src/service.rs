@@ -457,7 +457,8 @@ impl Service {
         // Without a service manager there is no next process to read them.
         let lines = self.keeper.is_on().then(|| {
             let words = self.keeper.words(&journal_name(id), Lines::WORDS);
-            words.map(Lines::new)
+            let life = self.keeper.region().map_or(0, |region| region.generation());
+            words.map(|words| Lines::new(words, life))
         });
         let shared = DeviceShared::new(session, backend).noting(lines.flatten());
         let shared = Arc::new(shared);

@@ -13,7 +13,7 @@ use crate::fuse::abi::{
 use crate::fuse::parse::BatchForget;
 use crate::fuse::session::Session;
 use crate::mem::Segments;
-use crate::recovery::journal::{Journal, Line};
+use crate::recovery::journal::{Journal, Place};
 use zerocopy::IntoBytes;
 
 /// Whether an operation notes what it does.
@@ -47,7 +47,7 @@ fn is_noted(opcode: u32) -> bool {
 pub(super) fn journal<'a>(
     session: &Session,
     header: &fuse_in_header,
-    line: Option<&'a Line>,
+    line: Option<Place<'a>>,
 ) -> Journal<'a> {
     let line = line.filter(|_| is_noted(header.opcode));
     Journal::new(line, session.epoch(), header.unique, header.opcode)

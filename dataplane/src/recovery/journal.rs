@@ -3,7 +3,8 @@
 //! A request that was taken off its ring and not given back is executed again by the next process. Where twice is not the
 //! same as once, it notes in its *line* what it is about to do and what it has done; there is a line for every descriptor head
 //! of every queue, which no other request can use before this one is given back. A line belongs to the request whose key is in
-//! it, so that nothing needs to be cleared.
+//! it, and was left by an earlier execution only if an earlier process wrote it: a driver that gives two requests the same number
+//! is not taken for a crash. So nothing needs to be cleared.
 //!
 //! # Order
 //!
@@ -37,31 +38,47 @@ const FACTS: usize = 4;
 /// Facts that a line has room for.
 pub const FACT_WORDS: usize = WORDS - FACTS;
 
-/// The act may have happened.
+/// In the phase: the act may have happened. Above it is the number of the process that wrote the line.
 const BEGUN: u64 = 1;
 
 /// The lines of a device.
 #[derive(Debug)]
-pub struct Lines(Placed<AtomicU64>);
+pub struct Lines {
+    words: Placed<AtomicU64>,
+    life: u64,
+}
+
+/// The line of a descriptor head, and the number of this process.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The line.
+    pub line: &'a Line,
+    /// How many processes have used the recovery memory, this one included.
+    pub life: u64,
+}
 
 impl Lines {
     /// Words that all lines take.
     pub const WORDS: usize = QUEUES * HEADS * WORDS;
 
-    /// Lines in [`Lines::WORDS`] words.
-    pub fn new(words: Placed<AtomicU64>) -> Lines {
-        Lines(words)
+    /// Lines in [`Lines::WORDS`] words, in the hands of process number `life`.
+    pub fn new(words: Placed<AtomicU64>, life: u64) -> Lines {
+        Lines { words, life }
     }
 
     /// The line of a descriptor head; `None` for a queue or head that no driver of a device has.
-    pub fn line(&self, queue: u16, head: u16) -> Option<&Line> {
+    pub fn line(&self, queue: u16, head: u16) -> Option<Place<'_>> {
         if usize::from(head) >= HEADS {
             return None;
         }
         let number = usize::from(queue)
             .checked_mul(HEADS)?
             .checked_add(usize::from(head))?;
-        self.0.as_chunks::<WORDS>().0.get(number)
+        let line = self.words.as_chunks::<WORDS>().0.get(number)?;
+        Some(Place {
+            line,
+            life: self.life,
+        })
     }
 }
 
@@ -71,7 +88,7 @@ pub type Line = [AtomicU64; WORDS];
 /// The notes of the request that is being executed.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Journal<'a> {
-    line: Option<&'a Line>,
+    place: Option<Place<'a>>,
     key: u64,
 }
 
@@ -86,36 +103,50 @@ pub enum Before {
 
 impl<'a> Journal<'a> {
     /// The notes of request `unique` of mount number `epoch`, an operation `opcode`, on this line; `None`: nothing is noted.
-    pub fn new(line: Option<&'a Line>, epoch: u32, unique: u64, opcode: u32) -> Journal<'a> {
+    pub fn new(place: Option<Place<'a>>, epoch: u32, unique: u64, opcode: u32) -> Journal<'a> {
         let odd = 0x9e37_79b9_7f4a_7c15u64;
         let kind = u64::from(epoch) << 32 | u64::from(opcode);
         let key = (unique ^ kind.wrapping_mul(odd)).wrapping_mul(odd) | 1;
-        Journal { line, key }
+        let journal = Journal { place, key };
+        if let Some(line) = journal.own()
+            && !journal.is_resumed()
+        {
+            // Another request of this process had the same number.
+            line[KEY].store(0, Release);
+        }
+        journal
     }
 
     /// Whether anything is noted at all.
     pub fn is_on(&self) -> bool {
-        self.line.is_some()
+        self.place.is_some()
     }
 
     fn own(&self) -> Option<&'a Line> {
-        self.line.filter(|line| line[KEY].load(Acquire) == self.key)
+        let line = self.place?.line;
+        (line[KEY].load(Acquire) == self.key).then_some(line)
     }
 
-    /// Whether the request has been executed before, at least in part.
+    /// Whether the request has been executed before, at least in part, by an earlier process.
     pub fn is_resumed(&self) -> bool {
-        self.own().is_some()
+        self.own()
+            .is_some_and(|line| line[PHASE].load(Acquire) & !BEGUN != self.phase())
+    }
+
+    /// The phase before the act.
+    fn phase(&self) -> u64 {
+        self.place.map_or(0, |place| place.life << 1)
     }
 
     /// Makes the line this request's.
     fn claim(&self) -> Option<&'a Line> {
-        let line = self.line?;
+        let line = self.place?.line;
         if line[KEY].load(Relaxed) != self.key {
             // Void first: what follows must not be read as another request's.
             line[KEY].store(0, Release);
             line[NODE].store(0, Release);
             line[HANDLE].store(0, Release);
-            line[PHASE].store(0, Release);
+            line[PHASE].store(self.phase(), Release);
             line[KEY].store(self.key, Release);
         }
         Some(line)
@@ -124,7 +155,7 @@ impl<'a> Journal<'a> {
     /// What an earlier execution has left.
     pub fn before(&self) -> Before {
         match self.own() {
-            Some(line) if line[PHASE].load(Acquire) == BEGUN => {
+            Some(line) if line[PHASE].load(Acquire) & BEGUN != 0 => {
                 Before::Begun(core::array::from_fn(|i| {
                     line.get(FACTS.wrapping_add(i))
                         .map_or(0, |fact| fact.load(Relaxed))
@@ -140,7 +171,7 @@ impl<'a> Journal<'a> {
         for (word, fact) in line.iter().skip(FACTS).zip(facts) {
             word.store(fact, Release);
         }
-        line[PHASE].store(BEGUN, Release);
+        line[PHASE].store(self.phase() | BEGUN, Release);
     }
 
     /// A lookup of this node was counted for the reply; 0 is none.
@@ -197,28 +228,46 @@ mod tests {
         core::array::from_fn(|i| AtomicU64::new(if i == KEY { 0 } else { 77 }))
     }
 
+    /// The line in the hands of process number `life`.
+    fn at(line: &Line, life: u64) -> Option<Place<'_>> {
+        Some(Place { line, life })
+    }
+
     #[test]
-    fn a_line_tells_only_the_request_that_wrote_it() {
+    fn a_line_tells_only_the_request_that_wrote_it_and_only_a_later_process() {
         let line = line();
-        let first = Journal::new(Some(&line), 1, 10, 9);
+        let first = Journal::new(at(&line, 1), 1, 10, 9);
         assert!(!first.is_resumed());
         assert_eq!(first.before(), Before::Nothing);
         first.begin([1, 2, 3, 4]);
         first.counted(5);
-        let again = Journal::new(Some(&line), 1, 10, 9);
-        assert_eq!(again.before(), Before::Begun([1, 2, 3, 4]));
         for other in [(2, 10, 9), (1, 11, 9), (1, 10, 8)] {
-            let other = Journal::new(Some(&line), other.0, other.1, other.2);
+            let other = Journal::new(at(&line, 2), other.0, other.1, other.2);
             assert!(!other.is_resumed());
             assert_eq!(other.take_counted(), None);
         }
+        let again = Journal::new(at(&line, 2), 1, 10, 9);
+        assert!(again.is_resumed());
+        assert_eq!(again.before(), Before::Begun([1, 2, 3, 4]));
         assert_eq!(again.take_counted(), Some(5));
         assert_eq!(again.take_counted(), None);
-        let next = Journal::new(Some(&line), 1, 11, 9);
+        let next = Journal::new(at(&line, 2), 1, 11, 9);
         next.opened(6);
         assert!(!again.is_resumed());
         assert_eq!(next.before(), Before::Nothing);
         assert_eq!((next.take_counted(), next.take_opened()), (None, Some(6)));
+    }
+
+    #[test]
+    fn two_requests_of_one_process_with_the_same_number_are_two() {
+        let line = line();
+        let first = Journal::new(at(&line, 3), 1, 10, 9);
+        first.begin([1, 2, 3, 4]);
+        first.counted(5);
+        let second = Journal::new(at(&line, 3), 1, 10, 9);
+        assert!(!second.is_resumed());
+        assert_eq!(second.before(), Before::Nothing);
+        assert_eq!((second.take_counted(), second.steps()), (None, 0));
     }
 
     #[test]
@@ -230,19 +279,19 @@ mod tests {
             (KEY, 0),
             (NODE, 0),
             (HANDLE, 0),
-            (PHASE, 0),
+            (PHASE, 4 << 1),
             (KEY, key),
             (FACTS, 21),
             (FACTS + 1, 22),
             (FACTS + 2, 23),
             (FACTS + 3, 24),
-            (PHASE, BEGUN),
+            (PHASE, 4 << 1 | BEGUN),
         ];
         let mut words = old;
-        for (n, (at, value)) in stores.into_iter().enumerate() {
-            words[at] = value;
+        for (n, (word, value)) in stores.into_iter().enumerate() {
+            words[word] = value;
             let line: Line = words.map(AtomicU64::new);
-            let found = Journal::new(Some(&line), 1, 10, 9);
+            let found = Journal::new(at(&line, 5), 1, 10, 9);
             let expected = match n {
                 9 => Before::Begun([21, 22, 23, 24]),
                 _ => Before::Nothing,
@@ -251,7 +300,7 @@ mod tests {
             assert_eq!(found.take_counted(), None);
         }
         let line: Line = old.map(AtomicU64::new);
-        Journal::new(Some(&line), 1, 10, 9).begin([21, 22, 23, 24]);
+        Journal::new(at(&line, 4), 1, 10, 9).begin([21, 22, 23, 24]);
         assert_eq!(line.map(|w| w.into_inner()), words);
     }
 }

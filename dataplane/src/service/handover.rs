@@ -74,6 +74,8 @@ impl Service {
         }
         let ms = began.elapsed().as_millis();
         tracing::info!(devices = self.devices.len(), ms, "left to the next process");
+        // The next process makes its own claim.
+        let _ = self.lock_cpus(false);
         // Nothing is closed or removed: the next process has the same sockets.
         std::mem::forget(self);
     }

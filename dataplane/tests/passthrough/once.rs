@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 
 use ferry_dataplane::fsdev::{Caller, FsDev as _};
 use ferry_dataplane::fuse::abi::*;
-use ferry_dataplane::recovery::journal::{Journal, Line};
+use ferry_dataplane::recovery::journal::{Journal, Line, Place};
 use ferry_dataplane::recovery::region::Region;
 use ferry_shared::errno::Errno;
 
@@ -15,9 +15,10 @@ fn line() -> Line {
     std::array::from_fn(|_| Default::default())
 }
 
-fn noting(line: &Line, unique: u64) -> Caller<'_> {
+/// A request of process number `life`.
+fn noting(line: &Line, unique: u64, life: u64) -> Caller<'_> {
     Caller {
-        journal: Journal::new(Some(line), 1, unique, 1),
+        journal: Journal::new(Some(Place { line, life }), 1, unique, 1),
         ..root()
     }
 }
@@ -34,23 +35,27 @@ fn twice(
     let rig = Rig::lasting(&region);
     prepare(&rig);
     let notes = line();
-    act(&rig, &noting(&notes, 7)).unwrap();
+    act(&rig, &noting(&notes, 7, 1)).unwrap();
     check(&rig);
     let (rig, _region) = rig.crash(region);
-    assert_eq!(act(&rig, &noting(&notes, 7)), Ok(()), "again");
+    assert_eq!(act(&rig, &noting(&notes, 7, 2)), Ok(()), "again");
     check(&rig);
     // Another request finds what is there, and fails as it should or not at all; it is never taken for the first.
-    let _ = act(&rig, &noting(&notes, 8));
+    let _ = act(&rig, &noting(&notes, 8, 2));
 
     // It has been noted and has not happened.
     let region = Region::create().unwrap();
     let rig = Rig::lasting(&region);
     prepare(&rig);
     let notes = line();
-    act(&rig, &noting(&notes, 7)).unwrap();
+    act(&rig, &noting(&notes, 7, 1)).unwrap();
     undo(&rig);
     let (rig, _region) = rig.crash(region);
-    assert_eq!(act(&rig, &noting(&notes, 7)), Ok(()), "for the first time");
+    assert_eq!(
+        act(&rig, &noting(&notes, 7, 2)),
+        Ok(()),
+        "for the first time"
+    );
     check(&rig);
 }
 
@@ -109,14 +114,14 @@ fn a_name_that_was_there_before_is_still_in_the_way_when_tried_again() {
     let rig = Rig::lasting(&region);
     fs::create_dir(rig.top.join("n")).unwrap();
     let notes = line();
-    let mkdir = |rig: &Rig| {
+    let mkdir = |rig: &Rig, life| {
         let arg = fuse_mkdir_in::default();
-        let caller = noting(&notes, 3);
+        let caller = noting(&notes, 3, life);
         rig.fs.mkdir(&caller, ROOT, &name("n"), &arg).err()
     };
-    assert_eq!(mkdir(&rig), Some(Errno::EEXIST));
+    assert_eq!(mkdir(&rig, 1), Some(Errno::EEXIST));
     let (rig, _region) = rig.crash(region);
-    assert_eq!(mkdir(&rig), Some(Errno::EEXIST));
+    assert_eq!(mkdir(&rig, 2), Some(Errno::EEXIST));
 }
 
 #[test]
@@ -131,10 +136,10 @@ fn names_are_removed_once_and_a_new_one_in_their_place_stays() {
     // Holds the number, so that the new file has another one.
     fs::hard_link(rig.top.join("n"), rig.outside.join("held")).unwrap();
     let notes = line();
-    unlink(&rig, &noting(&notes, 7)).unwrap();
+    unlink(&rig, &noting(&notes, 7, 1)).unwrap();
     fs::write(rig.top.join("n"), b"second").unwrap();
     let (rig, _region) = rig.crash(region);
-    assert_eq!(unlink(&rig, &noting(&notes, 7)), Ok(()));
+    assert_eq!(unlink(&rig, &noting(&notes, 7, 2)), Ok(()));
     assert_eq!(fs::read(rig.top.join("n")).unwrap(), b"second");
 
     let rmdir = |rig: &Rig, caller: &Caller<'_>| rig.fs.rmdir(caller, ROOT, &name("d"));
@@ -216,16 +221,16 @@ fn an_appended_record_is_there_once() {
     let log = rig.look(ROOT, "log").unwrap().nodeid;
     let fh = rig.open(log, libc::O_WRONLY | libc::O_APPEND).unwrap();
     let notes = line();
-    rig.write_as(&noting(&notes, 7), log, fh, 0, b"record,", 0)
+    rig.write_as(&noting(&notes, 7, 1), log, fh, 0, b"record,", 0)
         .unwrap();
     let (rig, region) = rig.crash(region);
-    let again = rig.write_as(&noting(&notes, 7), log, fh, 0, b"record,", 0);
+    let again = rig.write_as(&noting(&notes, 7, 2), log, fh, 0, b"record,", 0);
     assert_eq!(again, Ok(7));
     assert_eq!(fs::read(rig.top.join("log")).unwrap(), b"begin,record,");
     // Noted, and not written.
     fs::write(rig.top.join("log"), b"begin,").unwrap();
     let (rig, _region) = rig.crash(region);
-    let again = rig.write_as(&noting(&notes, 7), log, fh, 0, b"record,", 0);
+    let again = rig.write_as(&noting(&notes, 7, 3), log, fh, 0, b"record,", 0);
     assert_eq!(again, Ok(7));
     assert_eq!(fs::read(rig.top.join("log")).unwrap(), b"begin,record,");
 }

@@ -286,6 +286,13 @@ impl Handles {
             let handle = pin.record();
             self.inodes.count_open(handle.nodeid.load(Relaxed), false);
             if handle.has(KEPT) {
+                // The fd store has the description too, and closes it later: its lock ends now.
+                if handle.has(FLOCKED)
+                    && let Some(fd) = pin.fd()
+                    && sys::flock(fd, libc::LOCK_UN).is_ok()
+                {
+                    lock::released();
+                }
                 self.vault.remove(Kind::Handle, pin.id());
             }
         }

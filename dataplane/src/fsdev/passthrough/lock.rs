@@ -158,7 +158,25 @@ impl Locks {
         let owner = pin.record();
         let key = hash(owner.nodeid.load(Relaxed), owner.owner.load(Relaxed));
         if self.table.lock(key).remove(pin) {
+            self.unlock(pin);
             self.unkeep(pin);
+        }
+    }
+
+    /// Drops the locks now. The fd store may have the description too, and closes it later.
+    fn unlock(&self, pin: &Pinned<'_, Owner>) {
+        if pin.record().kept.load(Relaxed) != 0
+            && let Some(fd) = pin.fd()
+        {
+            let all = RangeLock {
+                kind: libc::F_UNLCK,
+                start: 0,
+                len: 0,
+                pid: 0,
+            };
+            // It cannot fail but for a file system that is gone, and the locks with it.
+            let _ = sys::set_range_lock(fd, all);
+            released();
         }
     }
 
