@@ -16,6 +16,7 @@ use ferry_shared::msg::Command;
 use ferry_shared::msg::Event;
 use ferry_shared::msg::Failure;
 use ferry_shared::msg::Item;
+use ferry_shared::msg::PlugState;
 use ferry_shared::msg::Reply;
 use ferry_shared::msg::Tuning;
 use serde_json::Value;
@@ -102,6 +103,8 @@ pub struct App {
     log: RefCell<LogSettings>,
     notifications: RefCell<Notifications>,
     baselines: RefCell<Baselines>,
+    /// Tells that the data plane has reported something.
+    news: watch::Sender<()>,
     turn: tokio::sync::Mutex<()>,
     /// Whether an operator has asked for the end of the service.
     pub(crate) end_asked: Cell<bool>,
@@ -125,6 +128,7 @@ impl App {
             log: RefCell::default(),
             notifications: RefCell::default(),
             baselines: RefCell::default(),
+            news: watch::Sender::default(),
             turn: tokio::sync::Mutex::default(),
             end_asked: Cell::new(false),
         })
@@ -437,21 +441,33 @@ impl App {
             Command::DeviceStart(spec) => self.notify("virtio_fs_device_start", &spec.name),
             Command::DeviceStop { name } => self.notify("virtio_fs_device_stop", name),
             Command::DeviceDestroy { name } => self.notify("virtio_fs_device_destroy", name),
+            Command::FunctionDestroy { vuid, .. } => {
+                self.notify("virtio_fs_function_destroy", vuid);
+            }
             _ => {}
         }
     }
 
     /// Sends what a step needs to the data plane and records the outcome.
-    pub async fn carry_out(&self, step: Step) -> Result<(), Failure> {
+    pub async fn carry_out(&self, step: Step) -> Result<Reply, Failure> {
         let Step::Send(ticket) = step else {
-            return Ok(());
+            return Ok(Reply::Done);
         };
         let outcome = self.send(ticket.command.clone()).await;
-        if outcome.is_ok() {
+        if let Ok(reply) = &outcome {
             self.notify_of(&ticket.command);
+            self.take_function(reply);
         }
         self.model_mut().finish(*ticket, outcome.is_ok());
-        outcome.map(drop)
+        outcome
+    }
+
+    /// Records a function that a command has created.
+    fn take_function(&self, reply: &Reply) {
+        if let Reply::Function(function) = reply {
+            self.notify("virtio_fs_function_create", &function.vuid);
+            self.model_mut().function_created(function.clone());
+        }
     }
 
     /// Takes note that there is no data plane.
@@ -548,14 +564,32 @@ impl App {
             return false;
         }
         match link.call(command.clone()).await {
-            Ok(_) => {
+            Ok(reply) => {
                 self.notify_of(command);
+                self.take_function(&reply);
                 tracing::info!(?command, "issued again what the data plane lacked");
                 true
             }
             Err(Failure { errno, detail }) => {
                 tracing::error!(?command, %errno, detail, "cannot issue again what the data plane lacks");
                 false
+            }
+        }
+    }
+
+    /// Waits until the model is as wanted after a report of the data plane, or the data plane has gone.
+    pub async fn reported(&self, wanted: impl Fn(&Model) -> bool) -> Result<(), Failure> {
+        let mut news = self.news.subscribe();
+        let mut linked = self.linked.subscribe();
+        loop {
+            if wanted(&self.model()) {
+                return Ok(());
+            }
+            self.link()?;
+            tokio::select! {
+                // The senders live in `self`, so the channels cannot be closed.
+                _ = news.changed() => {}
+                _ = linked.changed() => {}
             }
         }
     }
@@ -580,9 +614,19 @@ impl App {
                 };
                 self.notify(kind, device);
             }
+            Event::Plug { vuid, state, .. } => {
+                let kind = match state {
+                    PlugState::PowerOff => "virtio_fs_power_off",
+                    PlugState::PlugInProgress => "virtio_fs_plug_in_progress",
+                    PlugState::PowerOn => "virtio_fs_power_on",
+                    PlugState::UnplugInProgress => "virtio_fs_unplug_in_progress",
+                };
+                self.notify(kind, vuid);
+            }
         }
         // None of it is kept, so this leaves `dirty` alone.
         self.model.borrow_mut().event(event);
+        self.news.send_replace(());
     }
 }
 

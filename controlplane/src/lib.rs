@@ -9,6 +9,8 @@ pub mod app;
 pub mod config;
 pub mod dataplane;
 pub mod framing;
+mod host;
+mod hotplug;
 pub mod metrics;
 pub mod model;
 pub mod rpc;

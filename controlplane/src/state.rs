@@ -37,6 +37,9 @@ pub struct StateV1 {
     pub transports: Vec<TransportV1>,
     /// The managers, oldest first.
     pub managers: Vec<ManagerV1>,
+    /// The functions on hot-plug ports, oldest first; absent in older files.
+    #[serde(default)]
+    pub functions: Vec<FunctionV1>,
     /// The devices, oldest first.
     pub devices: Vec<DeviceV1>,
     /// Subsystems that were disabled before the start; absent in older files.
@@ -177,6 +180,16 @@ pub struct ManagerV1 {
     pub name: String,
     /// Whether something else needed it, rather than the operator.
     pub implicit: bool,
+}
+
+/// A function on a hot-plug port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FunctionV1 {
+    /// Its manager.
+    pub manager: String,
+    /// Its VUID.
+    pub vuid: String,
 }
 
 /// How far a device is to go.

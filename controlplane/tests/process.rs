@@ -24,6 +24,7 @@ use ferry_shared::msg::Command;
 use ferry_shared::msg::Function;
 use ferry_shared::msg::Item;
 use ferry_shared::msg::Manager;
+use ferry_shared::msg::PlugState;
 use ferry_shared::msg::Reply;
 use ferry_shared::msg::ToControlplane;
 use ferry_shared::msg::ToDataplane;
@@ -184,13 +185,15 @@ fn platform() -> Vec<Item> {
         manager: "mlx5_0".to_owned(),
         vuid: VUID.to_owned(),
         pci_address: "0000:29:00.2".to_owned(),
-        hotplug: false,
+        port: None,
+        plug: PlugState::PowerOn,
         socket: "/run/ferry/pci/f.sock".to_owned(),
     };
     vec![
         Item::Manager(Manager {
             name: "mlx5_0".to_owned(),
             hotplug_ports: 0,
+            host_link: None,
         }),
         Item::Function(function),
     ]

@@ -116,7 +116,7 @@ impl Control {
         commands
     }
 
-    /// Queues answers and events, and sends what fits.
+    /// Queues events and answers, and sends what fits. Whoever gets an answer knows of the events that led to it.
     pub fn send(&mut self, answers: Vec<Answer>, events: Vec<Event>) {
         if self.channel.is_none() {
             return;
@@ -124,8 +124,8 @@ impl Control {
         let answers = answers
             .into_iter()
             .map(|(seq, result)| ToControlplane::Completion { seq, result });
-        self.backlog
-            .extend(answers.chain(events.into_iter().map(ToControlplane::Event)));
+        let events = events.into_iter().map(ToControlplane::Event);
+        self.backlog.extend(events.chain(answers));
         self.flush();
         if self.backlog.len() > MAX_BACKLOG {
             tracing::error!(

@@ -19,7 +19,14 @@ use crate::recovery::region::{Region, RegionError};
 /// The first byte of every record: how the rest is written.
 const VERSION: u8 = 1;
 /// What the keys of records begin with that are kept through here.
-const KINDS: [&str; 4] = ["fsdev/", "device/", "transport/", "link/"];
+const KINDS: [&str; 6] = [
+    "firmware/",
+    "fsdev/",
+    "function/",
+    "device/",
+    "transport/",
+    "link/",
+];
 
 /// Why the state of a former process cannot be taken over.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,6 @@
 //! `ferry-dataplane`: the privileged process. Sets up memory, cores and sockets, and then runs the management thread.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use ferry_dataplane::os::cpulock::LOCK_DIR;
 use ferry_dataplane::os::fdstore::FdStore;
 use ferry_dataplane::os::poller::{Poller, Token};
 use ferry_dataplane::os::signal::Signals;
-use ferry_dataplane::platform::Platform;
+use ferry_dataplane::platform::{Platform, firmware};
 use ferry_dataplane::pool::DATA_BUFFER_STRIDE;
 use ferry_dataplane::service::Service;
 use ferry_shared::cpumask::CpuMask;
@@ -35,6 +35,9 @@ const SIGNALS: Token = Token {
     device: Token::SERVICE,
     local: 3,
 };
+
+/// The record of the firmware's settings that are in effect.
+const FIRMWARE_KEY: &str = "firmware/settings";
 
 /// Serves virtio-fs functions: queues, FUSE and file systems.
 #[derive(Debug, Parser)]
@@ -55,6 +58,10 @@ struct Options {
     /// What the emulated platform offers [default: one manager mlx5_0 with static functions]
     #[arg(long, value_name = "FILE")]
     platform: Option<PathBuf>,
+    /// Settings of the emulated firmware, which `ferry fwconfig` changes; what it says about a manager replaces the firmware
+    /// table of the platform file
+    #[arg(long, value_name = "FILE", default_value = firmware::DEFAULT_STORE)]
+    firmware: PathBuf,
     /// When cores poll
     #[arg(long, value_enum, default_value_t = Poll::Adaptive)]
     poll: Poll,
@@ -115,7 +122,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     if options.check_recovery {
         return Ok(());
     }
-    let platform = Platform::load(options.platform.as_deref())?;
+    let platform = load_platform(&options, &keeper)?;
     let mut listener = Listener::bind(&options.run_dir, options.control_uid)?;
     let run_dir = options
         .run_dir
@@ -126,6 +133,7 @@ fn run(options: Options) -> anyhow::Result<()> {
         std::fs::create_dir_all(&dir)
             .with_context(|| format!("cannot create {}", dir.display()))?;
     }
+    record(&options, &platform, &run_dir, &keeper)?;
     let poller = Arc::new(Poller::new().context("cannot create an epoll instance")?);
     let cpus = options.cpumask.cpus();
     let (mut arena, buffers) = memory(&options, cpus.len())?;
@@ -213,6 +221,33 @@ fn open_keeper(fds: Arc<FdStore>) -> anyhow::Result<Keeper> {
         "cannot go on with the state of the former process; start the version that wrote it, or stop the service for \
          good, which disconnects its guests",
     )
+}
+
+/// The platform that is in effect: what a former process had, if this one goes on with its devices.
+fn load_platform(options: &Options, keeper: &Keeper) -> anyhow::Result<Platform> {
+    let file = options.platform.as_deref();
+    let platform = match keeper.load::<String>(FIRMWARE_KEY) {
+        Some(kept) => Platform::resume(file, &kept)?,
+        None => Platform::load(file, &options.firmware)?,
+    };
+    Ok(platform)
+}
+
+/// Leaves word of the settings that are in effect, for `ferry fwconfig` and for a later process.
+fn record(
+    options: &Options,
+    platform: &Platform,
+    run_dir: &Path,
+    keeper: &Keeper,
+) -> anyhow::Result<()> {
+    let absolute = |path: &Path| std::path::absolute(path);
+    let file = options.platform.as_deref().map(absolute).transpose()?;
+    let record = platform.record(file.as_deref(), &absolute(&options.firmware)?);
+    keeper.save(FIRMWARE_KEY, &record.text());
+    let path = run_dir.join(firmware::RECORD);
+    record
+        .save(&path)
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Gets the memory that all cores work in.

@@ -3,9 +3,9 @@
 //! Every change is checked completely before anything is touched, so a refused command has changed nothing. Commands that
 //! have to wait for the cores leave a note with the device and are answered when the device has got there.
 
-mod tune;
-
 mod handover;
+mod plug;
+mod tune;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,12 +17,12 @@ use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_QUEUES_PER_SERVICE, NAME_LEN};
 use ferry_shared::logging;
 use ferry_shared::msg::{
-    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevKind, FsdevSpec, Item, Reply,
-    Service as Facts,
+    Attach, Command, DeviceSnapshot, DeviceSpec, Event, Failure, FsdevKind, FsdevSpec, Item,
+    PlugState, Reply, Service as Facts,
 };
-
 use serde::{Deserialize, Serialize};
 
+use self::plug::Ports;
 use crate::cores::CoreSet;
 use crate::fsdev::registry::AnyFsDev;
 use crate::fuse::session::Session;
@@ -72,12 +72,18 @@ struct Device {
     connected: bool,
     /// As last reported.
     mounted: bool,
+    /// It is on a hot-plug port.
+    hot: bool,
+    /// How far it is plugged; a device that needs no plugging is always on.
+    plug: PlugState,
     gate: LogGate,
 }
 
 /// The state of the data plane.
 pub struct Service {
     platform: Platform,
+    /// The hot-plug ports that have a function.
+    ports: Ports,
     run_dir: PathBuf,
     cpus: Vec<u32>,
     cores: CoreSet<AnyFsDev>,
@@ -96,6 +102,7 @@ pub struct Service {
 struct DeviceV1 {
     spec: DeviceSpec,
     paused: bool,
+    plug: PlugState,
 }
 
 fn fsdev_key(name: &str) -> String {
@@ -130,6 +137,7 @@ impl Service {
     ) -> Service {
         Service {
             platform,
+            ports: Ports::default(),
             run_dir,
             cpus,
             cores,
@@ -158,6 +166,16 @@ impl Service {
             Command::DeviceStart(spec) => self.device_start(seq, spec),
             Command::DeviceStop { name } => self.device_stop(seq, &name),
             Command::DeviceDestroy { name } => self.device_destroy(seq, &name),
+            Command::FunctionCreate { manager, vuid } => self
+                .function_create(&manager, vuid.as_deref())
+                .map(|function| Some(Reply::Function(function))),
+            Command::FunctionDestroy { manager, vuid } => self
+                .function_destroy(&manager, &vuid)
+                .map(|()| Some(Reply::Done)),
+            Command::DevicePlug { name } => self.device_plug(&name).map(|()| Some(Reply::Done)),
+            Command::DeviceUnplug { name, ask } => {
+                self.device_unplug(&name, ask).map(|()| Some(Reply::Done))
+            }
             Command::SetLog(spec) => logging::set(&spec).map(|()| Some(Reply::Done)),
             Command::Tuning => Ok(Some(self.tuning())),
             Command::SetPools(pools) => self.set_pools(pools).map(Some),
@@ -248,6 +266,7 @@ impl Service {
         let functions = self
             .platform
             .describe_functions(&self.run_dir)
+            .chain(self.describe_ports())
             .map(Item::Function);
         let fsdevs = self.fsdevs.values().cloned().map(Item::Fsdev);
         let devices = self.devices.iter().filter_map(describe).map(Item::Device);
@@ -377,7 +396,7 @@ impl Service {
             return refuse(Errno::ENOSPC, detail);
         }
         if let Attach::Doca { manager, vuid } = &spec.attach {
-            self.platform.find(manager, vuid)?;
+            self.place(manager, vuid)?;
             let owner = others()
                 .find(|d| matches!(&d.spec.attach, Attach::Doca { vuid: v, .. } if v == vuid));
             if let Some(owner) = owner {
@@ -392,7 +411,10 @@ impl Service {
 
     /// Opens a device that has been checked, or goes on with it if a former process has left it.
     fn open(&mut self, id: DeviceId, spec: DeviceSpec, paused: bool) -> Result<(), Failure> {
-        let adopted = self.keeper.load::<DeviceV1>(&device_key(id)).is_some();
+        let former: Option<DeviceV1> = self.keeper.load(&device_key(id));
+        let adopted = former.is_some();
+        // A new device is plugged when somebody asks for that.
+        let plug = former.map_or(PlugState::PowerOff, |device| device.plug);
         let name = id.0.to_string();
         let lasting = |fsdev| {
             self.resolved(fsdev)
@@ -441,12 +463,15 @@ impl Service {
         let shared = DeviceShared::new(session, backend).noting(lines.flatten());
         let shared = Arc::new(shared);
         let poller = Arc::clone(&self.poller);
+        let mut hot = false;
         let keeper = &self.keeper;
         let transport = match &spec.attach {
             Attach::Doca { manager, vuid } => {
-                let function = self.platform.find(manager, vuid)?;
+                let function = self.place(manager, vuid)?;
+                hot = function.port.is_some();
+                let offered = !hot || plug::is_offered(plug);
                 let socket = function.socket(&self.run_dir);
-                Transport::open_vfio_user(&spec, id, function, &socket, poller, keeper)?
+                Transport::open_vfio_user(&spec, id, function, &socket, offered, poller, keeper)?
             }
             Attach::VhostUser => {
                 let socket = self
@@ -472,6 +497,8 @@ impl Service {
             paused,
             connected: false,
             mounted: false,
+            hot,
+            plug: if hot { plug } else { PlugState::PowerOn },
             gate: LogGate::new(Instant::now()),
         };
         device.save(&self.keeper);
@@ -538,7 +565,7 @@ impl Service {
     fn settle(&mut self) {
         self.settle_moves();
         for device in &mut self.devices {
-            device.notice_changes(&mut self.events);
+            device.notice_changes(&self.keeper, &mut self.events);
         }
         while let Some(at) = self
             .devices
@@ -566,7 +593,10 @@ impl Service {
 
     /// Forgets a device that is quiet; its socket goes with its transport.
     fn close(&mut self, at: usize) {
-        let device = self.devices.remove(at);
+        let mut device = self.devices.remove(at);
+        if device.hot {
+            device.set_plug(PlugState::PowerOff, &self.keeper, &mut self.events);
+        }
         if let Some(backend) = device.shared.backend() {
             crate::reactor::Backend::reset(&*backend, &device.shared.session);
             backend.discard();
@@ -601,13 +631,14 @@ impl Device {
         let saved = DeviceV1 {
             spec: self.spec.clone(),
             paused: self.paused,
+            plug: self.plug,
         };
         keeper.save(&device_key(self.id), &saved);
     }
 
     /// Reports a connection or a FUSE session that has come or gone. What changes back in between is not worth a report,
     /// and how often a guest mounts must not decide how much is logged.
-    fn notice_changes(&mut self, events: &mut Vec<Event>) {
+    fn notice_changes(&mut self, keeper: &Keeper, events: &mut Vec<Event>) {
         let device = &self.spec.name;
         let connected = self.transport.connected();
         if connected != self.connected {
@@ -634,6 +665,7 @@ impl Device {
                 );
             }
         }
+        self.follow_plug(keeper, events);
     }
 
     /// Refuses while an earlier command is still under way.

@@ -19,7 +19,7 @@ pub fn file(data: &[u8]) {
     };
     let (mut vuids, mut addresses) = (BTreeSet::new(), BTreeSet::new());
     for manager in platform.managers() {
-        for function in &manager.functions {
+        for function in manager.functions.iter().chain(&manager.ports) {
             assert!(vuids.insert(&function.vuid), "{} twice", function.vuid);
             assert!(addresses.insert(&function.pci_address));
             let found = platform.find(&manager.name, &function.vuid);

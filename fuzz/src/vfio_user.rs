@@ -1,7 +1,7 @@
 //! An emulated PCIe function with a client that says anything.
 
 use ferry_dataplane::keeper::Keeper;
-use ferry_dataplane::platform::StaticFunction;
+use ferry_dataplane::platform::EmulatedFunction;
 use ferry_dataplane::transport::Transport;
 use ferry_dataplane::transport::vfio_user::wire::{command, header_flags};
 use ferry_shared::msg::Attach;
@@ -14,16 +14,17 @@ fn function() -> World {
         manager: "manager".into(),
         vuid: "vuid".into(),
     });
-    let place = StaticFunction {
+    let place = EmulatedFunction {
         vuid: "vuid".into(),
         pci_address: "0000:00:00.2".into(),
+        port: None,
         num_msix: 3,
         subsystem_vendor: 0x1af4,
         subsystem: 0x105a,
     };
     World::new(|socket, poller| {
         let keeper = Keeper::default();
-        Transport::open_vfio_user(&spec, DEVICE, &place, socket, poller, &keeper)
+        Transport::open_vfio_user(&spec, DEVICE, &place, socket, true, poller, &keeper)
     })
 }
 

@@ -62,6 +62,11 @@ pub const XATTR_LIST_MAX: usize = 65_536;
 
 /// Hot-plug ports of the emulated switch.
 pub const MAX_HOTPLUG_FUNCTIONS: u32 = 31;
+/// How long a command waits for the guest to take a plugged function or to let go of one, in seconds. Less than the time
+/// after which clients stop waiting for an answer.
+pub const HOTPLUG_WAIT_SECS: u64 = 45;
+/// Bytes of the path of a unix socket.
+pub const SOCKET_PATH_LEN: usize = 107;
 /// MSI-X vectors of a function.
 pub const MAX_MSIX_VECTORS: u32 = 63;
 

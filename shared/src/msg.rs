@@ -53,6 +53,32 @@ pub enum Command {
         /// Name of the fsdev.
         name: String,
     },
+    /// Create a function on a hot-plug port of a manager: the first free one, or the one that has this VUID.
+    FunctionCreate {
+        /// Name of the manager.
+        manager: String,
+        /// The function that an earlier data plane had.
+        vuid: Option<String>,
+    },
+    /// Destroy a function on a hot-plug port that no device is started on.
+    FunctionDestroy {
+        /// Name of the manager.
+        manager: String,
+        /// VUID of the function.
+        vuid: String,
+    },
+    /// Offer a started device on a hot-plug port to the host.
+    DevicePlug {
+        /// Name of the device.
+        name: String,
+    },
+    /// Take a device on a hot-plug port away from the host, once the host lets go of it. May be repeated meanwhile.
+    DeviceUnplug {
+        /// Name of the device.
+        name: String,
+        /// Whether to ask the VMM for it on the device's own connection.
+        ask: bool,
+    },
     /// Start a device, or resume it when it is paused by [`Command::DeviceStop`]: a paused device whose specification
     /// has not changed goes on where it was, connection, FUSE session and rings kept; with another specification it
     /// is closed and opened anew.
@@ -201,6 +227,8 @@ pub enum Reply {
         /// Where the next page begins; `None` after the last one.
         next: Option<u32>,
     },
+    /// The function of [`Command::FunctionCreate`].
+    Function(Function),
     /// The answer to [`Command::Tuning`].
     Tuning(Tuning),
     /// One page of [`Command::PciDevices`].
@@ -266,6 +294,50 @@ pub struct Manager {
     pub name: String,
     /// Number of hot-plug ports; 0 when the platform has no emulated PCIe switch.
     pub hotplug_ports: u32,
+    /// How to reach the VMM that is the host, if the platform says so.
+    pub host_link: Option<HostLink>,
+}
+
+/// The way to the VMM that a manager's functions are plugged into.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostLink {
+    /// QEMU's machine protocol.
+    Qmp {
+        /// Absolute path of the socket.
+        socket: String,
+        /// Ids of the root ports, one for each hot-plug port, in order.
+        buses: Vec<String>,
+    },
+    /// The API of cloud-hypervisor.
+    CloudHypervisor {
+        /// Absolute path of the socket.
+        socket: String,
+    },
+}
+
+/// How far a function on a hot-plug port is plugged. A static function is always `PowerOn`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PlugState {
+    /// The host does not see it.
+    PowerOff,
+    /// It is offered to the host, whose driver has not taken it yet.
+    PlugInProgress,
+    /// The host's driver has taken it.
+    PowerOn,
+    /// The host was asked to let go of it, and has not yet done so.
+    UnplugInProgress,
+}
+
+impl PlugState {
+    /// The name on the wire.
+    pub const fn name(self) -> &'static str {
+        match self {
+            PlugState::PowerOff => "POWER_OFF",
+            PlugState::PlugInProgress => "PLUG_IN_PROGRESS",
+            PlugState::PowerOn => "POWER_ON",
+            PlugState::UnplugInProgress => "UNPLUG_IN_PROGRESS",
+        }
+    }
 }
 
 /// An emulated PCIe function.
@@ -275,12 +347,24 @@ pub struct Function {
     pub manager: String,
     /// Vendor unique identifier.
     pub vuid: String,
-    /// PCI address as the platform knows it, `dddd:bb:dd.f`; empty while the function is not plugged.
+    /// PCI address that the platform has for it, `dddd:bb:dd.f`; the host sees it there only while it is plugged.
     pub pci_address: String,
-    /// Whether the function was created at run time.
-    pub hotplug: bool,
+    /// The hot-plug port that it was created on, from 0; `None`: it is static.
+    pub port: Option<u32>,
+    /// How far it is plugged.
+    pub plug: PlugState,
     /// Absolute path of its vfio-user socket; it exists while a device is started on the function.
     pub socket: String,
+}
+
+impl Function {
+    /// Where the host sees it; empty if it does not.
+    pub fn address(&self) -> &str {
+        match self.plug {
+            PlugState::PowerOff | PlugState::PlugInProgress => "",
+            PlugState::PowerOn | PlugState::UnplugInProgress => &self.pci_address,
+        }
+    }
 }
 
 /// A device that has been started.
@@ -421,6 +505,15 @@ pub enum Event {
         device: String,
         /// Whether it is mounted now.
         mounted: bool,
+    },
+    /// A function on a hot-plug port has been plugged or unplugged, or is on the way there.
+    Plug {
+        /// Name of its manager.
+        manager: String,
+        /// Its VUID.
+        vuid: String,
+        /// How far it is now.
+        state: PlugState,
     },
 }
 

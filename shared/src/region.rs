@@ -16,7 +16,7 @@ pub use loom::sync::atomic::{AtomicU32, Ordering, fence};
 use crate::limits;
 
 /// Version of the handshake and of the layout of the region; raised when either changes.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Bytes of the command ring.
 pub const COMMANDS_BYTES: usize = 256 * 1024;
 /// Bytes of the ring of completions and events.

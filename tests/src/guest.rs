@@ -1,7 +1,7 @@
 //! Linux guests: a kernel of Debian with its own virtio-fs driver, busybox, and nothing of Ferry.
 
 use crate::initramfs::Initramfs;
-use crate::process::Process;
+use crate::process::{Process, wait_until};
 use crate::rigs::{Rigs, build_checks};
 use crate::{TempDir, repository};
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -59,6 +59,15 @@ pub struct Guest {
     devices: Vec<Device>,
     memory_mib: u32,
     files: Vec<(String, PathBuf)>,
+    arguments: Vec<String>,
+}
+
+/// A guest that runs.
+#[derive(Debug)]
+pub struct RunningGuest {
+    process: Process,
+    dir: TempDir,
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 /// What a guest left behind.
@@ -74,6 +83,9 @@ pub struct Outcome {
     pub results: PathBuf,
     _dir: TempDir,
 }
+
+/// How long a killed machine may take to disappear.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 /// Guests share the machine's few processors badly, so a test binary boots one at a time.
 static ONE_GUEST: Mutex<()> = Mutex::new(());
@@ -116,6 +128,7 @@ impl Guest {
             devices: Vec::new(),
             memory_mib: 512,
             files: Vec::new(),
+            arguments: Vec::new(),
         }
     }
 
@@ -123,6 +136,20 @@ impl Guest {
     #[must_use]
     pub fn device(mut self, device: Device) -> Self {
         self.devices.push(device);
+        self
+    }
+
+    /// Gives QEMU a machine protocol socket, and root ports `port1`, `port2` and so on to plug functions into.
+    #[must_use]
+    pub fn hotplug(mut self, qmp: &Path, ports: u32) -> Self {
+        self.arguments.extend([
+            "-qmp".to_owned(),
+            format!("unix:{},server=on,wait=off", qmp.display()),
+        ]);
+        for n in 1..=ports {
+            let port = format!("pcie-root-port,id=port{n},chassis={n},slot={n}");
+            self.arguments.extend(["-device".to_owned(), port]);
+        }
         self
     }
 
@@ -171,8 +198,15 @@ impl Guest {
     /// # Errors
     /// When the guest does not come up, or has not ended after `limit`. The message holds its console.
     pub fn run(&self, script: &str, limit: Duration) -> Result<Outcome> {
-        let _one = only_guests();
-        self.boot(script, limit)
+        self.start(script)?.wait(limit)
+    }
+
+    /// Boots and runs `script` as [`Guest::run`] does, while the caller does something else.
+    ///
+    /// # Errors
+    /// When the guest cannot be started.
+    pub fn start(&self, script: &str) -> Result<RunningGuest> {
+        self.boot(script, Some(only_guests()))
     }
 
     /// Boots two guests at once, and runs a script in each.
@@ -183,8 +217,11 @@ impl Guest {
         let _two = only_guests();
         let [first, second] = guests;
         thread::scope(|scope| {
-            let other = scope.spawn(|| second.0.boot(second.1, limit));
-            let one = first.0.boot(first.1, limit);
+            let other = scope.spawn(|| second.0.boot(second.1, None)?.wait(limit));
+            let one = first
+                .0
+                .boot(first.1, None)
+                .and_then(|guest| guest.wait(limit));
             let other = other
                 .join()
                 .map_err(|_| anyhow!("a guest's thread panicked"))?;
@@ -192,45 +229,20 @@ impl Guest {
         })
     }
 
-    fn boot(&self, script: &str, limit: Duration) -> Result<Outcome> {
+    fn boot(&self, script: &str, alone: Option<MutexGuard<'static, ()>>) -> Result<RunningGuest> {
         let dir = TempDir::new();
-        let results = dir.make_dir("results");
+        fs::create_dir(dir.join("results")).context("make the directory of results")?;
         self.write_initramfs(script, &dir.join("initrd"))?;
-        let console = dir.join("console");
         let command = match self.machine {
             Machine::Qemu { kernel, processors } => self.qemu_command(kernel, processors, &dir)?,
             Machine::UserMode => self.user_mode_command(&dir)?,
         };
-        let ended = Process::start_ending_by(Signal::SIGKILL, &command, &console)?.wait(limit);
-        let archive = dir.join("results.tar");
-        if archive.exists() {
-            let status = Command::new("tar")
-                .arg("-xf")
-                .arg(&archive)
-                .arg("-C")
-                .arg(&results)
-                .status()
-                .context("run tar")?;
-            ensure!(
-                status.success() || ended.is_err(),
-                "the guest's results are no tar archive\n{}",
-                text(&console)
-            );
-        }
-        ended.with_context(|| format!("console of the guest:\n{}", text(&console)))?;
-        let Ok(status) = text(&results.join("status")).trim().parse() else {
-            bail!(
-                "the guest left no exit status; its console:\n{}",
-                text(&console)
-            );
-        };
-        let (output, dmesg) = (text(&results.join("output")), text(&results.join("dmesg")));
-        Ok(Outcome {
-            status,
-            output,
-            dmesg,
-            results,
-            _dir: dir,
+        let console = dir.join("console");
+        let process = Process::start_ending_by(Signal::SIGKILL, &command, &console)?;
+        Ok(RunningGuest {
+            process,
+            dir,
+            _alone: alone,
         })
     }
 
@@ -305,7 +317,8 @@ impl Guest {
             .args([
                 "-append",
                 "console=ttyS0 loglevel=4 panic=-1 no_timer_check",
-            ]);
+            ])
+            .args(&self.arguments);
         for (number, device) in self.devices.iter().enumerate() {
             match device {
                 Device::VfioUser(socket) => {
@@ -355,6 +368,72 @@ impl Guest {
             };
         }
         Ok(command)
+    }
+}
+
+impl RunningGuest {
+    /// What the guest has printed so far.
+    #[must_use]
+    pub fn console(&self) -> String {
+        self.process.output()
+    }
+
+    /// Waits until the guest has printed `line`, alone on a line.
+    ///
+    /// # Errors
+    /// When it ends or `limit` passes first. The message holds its console.
+    pub fn wait_for(&mut self, line: &str, limit: Duration) -> Result<()> {
+        let said = wait_until(&format!("the guest says '{line}'"), limit, || {
+            let said = self.console().lines().any(|l| l.trim_end() == line);
+            ensure!(said || self.process.running()?, "the guest has ended");
+            Ok(said)
+        });
+        said.with_context(|| format!("console of the guest:\n{}", self.console()))
+    }
+
+    /// Ends the machine at once, as a crash of the VMM does.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn kill(mut self) -> Result<()> {
+        self.process.stop(Signal::SIGKILL, KILL_LIMIT).map(drop)
+    }
+
+    /// Waits for the end of the script and the guest.
+    ///
+    /// # Errors
+    /// When it has not ended after `limit`. The message holds its console.
+    pub fn wait(mut self, limit: Duration) -> Result<Outcome> {
+        let ended = self.process.wait(limit);
+        let console = self.console();
+        let RunningGuest { dir, .. } = self;
+        let results = dir.join("results");
+        let archive = dir.join("results.tar");
+        if archive.exists() {
+            let status = Command::new("tar")
+                .arg("-xf")
+                .arg(&archive)
+                .arg("-C")
+                .arg(&results)
+                .status()
+                .context("run tar")?;
+            ensure!(
+                status.success() || ended.is_err(),
+                "the guest's results are no tar archive\n{console}"
+            );
+        }
+        ended.with_context(|| format!("console of the guest:\n{console}"))?;
+        let Ok(status) = text(&results.join("status")).trim().parse() else {
+            bail!("the guest left no exit status; its console:\n{console}");
+        };
+        let (output, dmesg) = (text(&results.join("output")), text(&results.join("dmesg")));
+        Ok(Outcome {
+            status,
+            output,
+            dmesg,
+            results,
+            _dir: dir,
+        })
     }
 }
 

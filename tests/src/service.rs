@@ -124,6 +124,8 @@ impl Service {
             .arg("--rpc-socket")
             .arg(&rpc_socket)
             .arg("--no-huge")
+            .arg("--firmware")
+            .arg(dir.join("firmware.toml"))
             .args(&config.args)
             .envs(config.env.iter().map(|(name, value)| (name, value)));
         let process = Process::start(&command, &dir.join("log"))?;

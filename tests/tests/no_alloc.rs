@@ -377,7 +377,7 @@ fn a_million_mixed_requests_allocate_nothing() -> Result<()> {
     };
     poller.add(cores.event_fd(), events)?;
     let mut service = Service::new(
-        Platform::load(None)?,
+        Platform::delivered(None)?,
         run_dir.clone(),
         vec![0],
         cores,

@@ -50,7 +50,13 @@ fn configure(dir: &Path, vuid: &str) -> String {
          virtio_fs_device_start --dev-name d0\n\
          virtio_fs_device_create --transport-name VHOST_USER --dev-name d1 --tag tag1 --fsdev 0_pt --packed-vq\n\
          virtio_fs_device_start --dev-name d1\n\
-         virtio_fs_device_create --transport-name VHOST_USER --dev-name d2 --queue-size 32\n",
+         virtio_fs_device_create --transport-name VHOST_USER --dev-name d2 --queue-size 32\n\
+         virtio_fs_doca_function_create --manager mlx5_0\n\
+         virtio_fs_doca_function_create --manager mlx5_0\n\
+         virtio_fs_doca_function_destroy --manager mlx5_0 --vuid MT2251XZ02WZVFSS1D0F0\n\
+         virtio_fs_device_create --transport-name DOCA --dev-name d3 --tag tag3 --fsdev aio0\n\
+         virtio_fs_doca_device_modify --dev-name d3 --manager mlx5_0 --vuid MT2251XZ02WZVFSS2D0F0\n\
+         virtio_fs_device_start --dev-name d3\n",
         dir.display()
     )
 }
@@ -70,6 +76,7 @@ fn what_is_saved_and_loaded_is_saved_again_the_same_in_every_way_of_loading() {
         let reply = first.rpc_script(&configure(&export, &vuid))?;
         ensure!(reply.ok, "{}", reply.err);
         let expected = saved(&first)?;
+        ensure!(expected.contains("VFSS2D0F0"), "no function: {expected}");
         first.stop()?;
         let file = dir.join("saved.json");
         fs::write(&file, &expected)?;

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod completion;
 pub mod driver;
+pub mod fwconfig;
 pub mod mount;
 pub mod rpc;
 pub mod top;

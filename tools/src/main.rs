@@ -29,6 +29,8 @@ enum Command {
     Trace(ferry_tools::trace::Args),
     /// Start and supervise both processes, for machines without a service manager.
     Up(Box<ferry_tools::up::Args>),
+    /// Show and change the emulated firmware's configuration; also under the name `mlxconfig`.
+    Fwconfig(ferry_tools::fwconfig::Args),
     /// Send RPCs to the control plane; `ferry rpc -h` lists them.
     #[command(name = "rpc")]
     Rpc,
@@ -39,7 +41,12 @@ fn main() -> ExitCode {
     if let Some(words) = ferry_tools::rpc::requested(std::env::args_os()) {
         return ferry_tools::rpc::run(words);
     }
-    let outcome = match Cli::parse().command {
+    let command = match ferry_tools::fwconfig::requested(std::env::args_os()) {
+        Some(words) => Command::Fwconfig(ferry_tools::fwconfig::Args::parse_from(words)),
+        None => Cli::parse().command,
+    };
+    let outcome = match command {
+        Command::Fwconfig(args) => ferry_tools::fwconfig::run(args),
         Command::Completion(args) => ferry_tools::completion::run(&args),
         Command::Complete(words) => ferry_tools::completion::complete(&words, &Cli::command()),
         Command::Bench(args) => ferry_tools::bench::run(&args),

@@ -9,6 +9,7 @@ use ferry_shared::msg::Failure;
 use ferry_shared::msg::Function;
 use ferry_shared::msg::Item;
 use ferry_shared::msg::Manager;
+use ferry_shared::msg::PlugState;
 use ferry_shared::msg::PoolSpec;
 use ferry_shared::msg::Reply;
 use ferry_shared::msg::Scheduler;
@@ -49,12 +50,14 @@ pub(crate) fn platform() -> Vec<Item> {
         Item::Manager(Manager {
             name: "mlx5_0".to_owned(),
             hotplug_ports: 0,
+            host_link: None,
         }),
         Item::Function(Function {
             manager: "mlx5_0".to_owned(),
             vuid: VUID.to_owned(),
             pci_address: "0000:29:00.2".to_owned(),
-            hotplug: false,
+            port: None,
+            plug: PlugState::PowerOn,
             socket: format!("/run/ferry/pci/{VUID}.sock"),
         }),
     ]

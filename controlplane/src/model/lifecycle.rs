@@ -163,7 +163,7 @@ impl Model {
         if !self.has_manager(manager) {
             self.offered_manager(manager)?;
         }
-        if self.function(manager, vuid).is_none() {
+        if !self.will_have(manager, vuid) {
             return refuse(
                 Errno::ENODEV,
                 format!(
@@ -328,37 +328,6 @@ impl Model {
         } else if let Some(device) = self.device_mut(name) {
             device.pending = None;
         }
-    }
-
-    /// Plugs or unplugs a device.
-    pub fn device_hotplug(&self, name: &str) -> Result<(), Failure> {
-        let device = self.device(name)?;
-        let manager = match &device.live {
-            Some(Live {
-                spec:
-                    DeviceSpec {
-                        attach: Attach::Doca { manager, .. },
-                        ..
-                    },
-                paused: false,
-                ..
-            }) => manager,
-            Some(_) | None if device.transport == TransportKind::VhostUser => {
-                return refuse(
-                    Errno::EINVAL,
-                    format!(
-                        "device {name} belongs to transport VHOST_USER and is not a PCIe function"
-                    ),
-                );
-            }
-            Some(_) | None => {
-                let detail = format!(
-                    "device {name} is not started; start it with virtio_fs_device_start --dev-name {name}"
-                );
-                return refuse(Errno::EINVAL, detail);
-            }
-        };
-        self.no_hotplug(manager)
     }
 
     /// Path of the socket by which a VMM reaches the device, where it is known.

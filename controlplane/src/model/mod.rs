@@ -7,6 +7,7 @@
 
 mod device;
 mod fsdev;
+mod hotplug;
 mod lifecycle;
 mod stored;
 mod sync;
@@ -23,6 +24,7 @@ pub(crate) use fsdev::method_stem;
 pub(crate) use fsdev::module_name;
 pub(crate) use fsdev::parse_placement;
 pub(crate) use fsdev::placement_name;
+pub use hotplug::Plugged;
 
 use ferry_shared::errno::Errno;
 use ferry_shared::msg::Command;
@@ -42,7 +44,18 @@ pub struct Model {
     devices: Vec<Device>,
     fsdevs: Vec<Fsdev>,
     options: FsdevOptions,
+    /// Functions on hot-plug ports that are to exist, oldest first.
+    functions: Vec<HotplugFunction>,
     wishes: Wishes,
+}
+
+/// A function on a hot-plug port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HotplugFunction {
+    /// Name of its manager.
+    pub manager: String,
+    /// VUID.
+    pub vuid: String,
 }
 
 /// What the operator wants of the data plane's own working; what was not asked for is left to the data plane.
@@ -141,6 +154,11 @@ enum Effect {
     Start(DeviceSpec),
     Stop(String),
     Destroy(String),
+    /// Its reply says what has come of it.
+    FunctionCreate,
+    FunctionDestroy(HotplugFunction),
+    /// The data plane reports what has come of it.
+    Plug,
 }
 
 /// What an accepted request needs: nothing more, or the data plane.
@@ -206,6 +224,8 @@ impl Model {
             Effect::Start(spec) => self.device_started(spec, done),
             Effect::Stop(name) => self.device_stopped(&name, done),
             Effect::Destroy(name) => self.device_destroyed(&name, done),
+            Effect::FunctionDestroy(function) if done => self.forget_function(&function),
+            Effect::FunctionDestroy(_) | Effect::FunctionCreate | Effect::Plug => {}
         }
     }
 
@@ -449,51 +469,5 @@ impl Model {
         self.devices
             .iter()
             .find(|device| device.occupies(manager, vuid))
-    }
-
-    fn no_hotplug<T>(&self, manager: &str) -> Result<T, Failure> {
-        let ports = self.offered_manager(manager)?.hotplug_ports;
-        if ports == 0 {
-            return refuse(
-                Errno::EOPNOTSUPP,
-                format!("manager {manager} has no hot-plug ports; use one of its static functions"),
-            );
-        }
-        refuse(
-            Errno::EOPNOTSUPP,
-            format!(
-                "this version cannot drive the {ports} hot-plug ports of manager {manager}; use a static function"
-            ),
-        )
-    }
-
-    /// Creates a hot-pluggable function.
-    pub fn function_create(&self, manager: &str) -> Result<String, Failure> {
-        self.manager(manager)?;
-        self.no_hotplug(manager)
-    }
-
-    /// Destroys a hot-pluggable function.
-    pub fn function_destroy(&self, manager: &str, vuid: &str) -> Result<(), Failure> {
-        self.manager(manager)?;
-        let Some(function) = self.function(manager, vuid) else {
-            return refuse(
-                Errno::ENODEV,
-                format!("manager {manager} has no function {vuid}"),
-            );
-        };
-        if let Some(device) = self.device_on(manager, vuid) {
-            return refuse(
-                Errno::EBUSY,
-                format!("function {vuid} is used by device {}", device.name),
-            );
-        }
-        if self.offered_manager(manager)?.hotplug_ports > 0 && !function.hotplug {
-            return refuse(
-                Errno::EINVAL,
-                format!("function {vuid} is static and cannot be destroyed"),
-            );
-        }
-        self.no_hotplug(manager)
     }
 }

@@ -25,6 +25,7 @@ use super::Device;
 use super::DeviceState;
 use super::Fsdev;
 use super::FsdevOptions;
+use super::HotplugFunction;
 use super::Live;
 use super::Manager;
 use super::Model;
@@ -39,6 +40,7 @@ use crate::state::DeviceV1;
 use crate::state::ExportV1;
 use crate::state::FsdevKindV1;
 use crate::state::FsdevV1;
+use crate::state::FunctionV1;
 use crate::state::ManagerV1;
 use crate::state::OptionsV1;
 use crate::state::SchedulerV1;
@@ -57,6 +59,7 @@ impl Model {
             devices,
             fsdevs: _,
             options,
+            functions,
             wishes,
         } = self;
         StateV1 {
@@ -79,6 +82,13 @@ impl Model {
                     implicit: manager.implicit,
                 })
                 .collect(),
+            functions: functions
+                .iter()
+                .map(|function| FunctionV1 {
+                    manager: function.manager.clone(),
+                    vuid: function.vuid.clone(),
+                })
+                .collect(),
             devices: devices.iter().map(store_device).collect(),
             disabled: Vec::new(),
             wishes: store_wishes(wishes),
@@ -92,6 +102,7 @@ impl Model {
             fsdevs,
             transports,
             managers,
+            functions,
             devices,
             // The process's to know.
             disabled: _,
@@ -114,6 +125,9 @@ impl Model {
         for manager in managers {
             model.restore_manager(manager)?;
         }
+        for function in functions {
+            model.restore_function(function)?;
+        }
         for fsdev in fsdevs {
             model.restore_fsdev(fsdev)?;
         }
@@ -130,6 +144,16 @@ impl Model {
             return refuse(Errno::EEXIST, format!("manager {name} is there twice"));
         }
         self.managers.push(Manager { name, implicit });
+        Ok(())
+    }
+
+    fn restore_function(&mut self, stored: FunctionV1) -> Result<(), Failure> {
+        let FunctionV1 { manager, vuid } = stored;
+        msg::check_name("manager", &manager)?;
+        if self.will_have(&manager, &vuid) {
+            return refuse(Errno::EEXIST, format!("function {vuid} is there twice"));
+        }
+        self.functions.push(HotplugFunction { manager, vuid });
         Ok(())
     }
 

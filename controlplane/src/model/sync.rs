@@ -67,6 +67,7 @@ impl Model {
         }
         let mut adopted = Adopted::default();
         self.adopt_fsdevs(fsdevs, &mut adopted);
+        adopted.missing.extend(self.adopt_functions());
         self.adopt_devices(devices, &mut adopted);
         adopted
     }
@@ -208,6 +209,11 @@ impl Model {
                     live.mounted = mounted;
                 }
             }
+            Event::Plug {
+                manager,
+                vuid,
+                state,
+            } => self.plug_changed(&manager, &vuid, state),
         }
     }
 }

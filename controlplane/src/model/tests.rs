@@ -13,6 +13,7 @@ use ferry_shared::msg::Item;
 use ferry_shared::msg::Manager as PlatformManager;
 use ferry_shared::msg::Placement;
 use ferry_shared::msg::Platform as Architecture;
+use ferry_shared::msg::PlugState;
 use ferry_shared::msg::Service;
 use proptest::collection::vec;
 use proptest::prelude::Just;
@@ -34,7 +35,8 @@ fn function(vuid: &str) -> Function {
         manager: "mlx5_0".to_owned(),
         vuid: vuid.to_owned(),
         pci_address: "0000:29:00.2".to_owned(),
-        hotplug: false,
+        port: None,
+        plug: PlugState::PowerOn,
         socket: format!("/run/ferry/pci/{vuid}.sock"),
     }
 }
@@ -51,10 +53,12 @@ pub(super) fn platform() -> Vec<Item> {
         Item::Manager(PlatformManager {
             name: "mlx5_0".to_owned(),
             hotplug_ports: 0,
+            host_link: None,
         }),
         Item::Manager(PlatformManager {
             name: "mlx5_1".to_owned(),
             hotplug_ports: 4,
+            host_link: None,
         }),
         Item::Function(function(VUIDS[0])),
         Item::Function(function(VUIDS[1])),
@@ -710,33 +714,63 @@ fn the_pool_must_fill_every_cache() {
     assert_eq!(model.options(), options);
 }
 
+/// A function on the first hot-plug port of `mlx5_1`.
+fn on_port() -> Function {
+    Function {
+        manager: "mlx5_1".to_owned(),
+        vuid: "MT2VFSS1D0F0".to_owned(),
+        port: Some(0),
+        plug: PlugState::PowerOff,
+        ..function("MT2VFSS1D0F0")
+    }
+}
+
+fn plug_event(state: PlugState) -> Event {
+    Event::Plug {
+        manager: "mlx5_1".to_owned(),
+        vuid: "MT2VFSS1D0F0".to_owned(),
+        state,
+    }
+}
+
+/// Device `hot` running on that function.
+fn hot() -> Model {
+    let mut model = started();
+    model.manager_create("mlx5_1").unwrap();
+    model.function_created(on_port());
+    model.device_create("DOCA", "hot", ready("t")).unwrap();
+    let (manager, vuid) = ("mlx5_1".to_owned(), "MT2VFSS1D0F0".to_owned());
+    model
+        .doca_device_modify("hot", Some(manager), Some(vuid))
+        .unwrap();
+    let step = model.device_start("hot").unwrap();
+    done(&mut model, step);
+    model
+}
+
 #[test]
-fn without_hotplug_ports_functions_cannot_be_made_or_plugged() {
+fn what_has_no_hotplug_port_cannot_be_made_or_plugged() {
     let model = running();
     refused(
         &model,
-        |m| m.function_create("mlx5_0"),
+        |m| m.function_create("mlx5_0", None),
         Errno::EOPNOTSUPP,
-        &["mlx5_0", "hot-plug"],
+        &["mlx5_0", "PCI_SWITCH_EMULATION_ENABLE"],
     );
     refused(
         &model,
-        |m| m.function_create("mlx5_9"),
+        |m| m.function_create("mlx5_9", None),
         Errno::ENODEV,
         &["mlx5_9"],
     );
-    refused(
-        &model,
-        |m| m.function_destroy("mlx5_0", VUIDS[1]),
-        Errno::EOPNOTSUPP,
-        &["hot-plug"],
-    );
-    refused(
-        &model,
-        |m| m.function_destroy("mlx5_0", VUIDS[0]),
-        Errno::EBUSY,
-        &[VUIDS[0], "vfsdev0"],
-    );
+    for vuid in VUIDS {
+        refused(
+            &model,
+            |m| m.function_destroy("mlx5_0", vuid),
+            Errno::EINVAL,
+            &[vuid, "static"],
+        );
+    }
     refused(
         &model,
         |m| m.function_destroy("mlx5_0", "MT0"),
@@ -746,8 +780,8 @@ fn without_hotplug_ports_functions_cannot_be_made_or_plugged() {
     refused(
         &model,
         |m| m.device_hotplug("vfsdev0"),
-        Errno::EOPNOTSUPP,
-        &["mlx5_0"],
+        Errno::EINVAL,
+        &["vfsdev0", "static", VUIDS[0]],
     );
     refused(
         &stopped(),
@@ -769,6 +803,109 @@ fn without_hotplug_ports_functions_cannot_be_made_or_plugged() {
         Errno::EINVAL,
         &["v", "VHOST_USER"],
     );
+}
+
+#[test]
+fn a_function_on_a_port_lives_from_creation_to_destruction() {
+    let mut model = started();
+    model.manager_create("mlx5_1").unwrap();
+    let Step::Send(ticket) = model.function_create("mlx5_1", None).unwrap() else {
+        panic!("nothing sent")
+    };
+    let create = Command::FunctionCreate {
+        manager: "mlx5_1".to_owned(),
+        vuid: None,
+    };
+    assert_eq!(ticket.command, create);
+    model.function_created(on_port());
+    model.finish(*ticket, true);
+    assert_eq!(model.functions("mlx5_1").count(), 1);
+    refused(
+        &model,
+        |m| m.function_create("mlx5_1", Some("MT2VFSS1D0F0")),
+        Errno::EEXIST,
+        &["MT2VFSS1D0F0 already"],
+    );
+    for n in 2..=4 {
+        let vuid = format!("MT2VFSS{n}D0F0");
+        model.function_created(Function { vuid, ..on_port() });
+    }
+    refused(
+        &model,
+        |m| m.function_create("mlx5_1", None),
+        Errno::ENOSPC,
+        &["all 4 hot-plug ports"],
+    );
+    let step = model.function_destroy("mlx5_1", "MT2VFSS1D0F0").unwrap();
+    done(&mut model, step);
+    assert_eq!(model.functions("mlx5_1").count(), 3);
+    let busy = hot();
+    refused(
+        &busy,
+        |m| m.function_destroy("mlx5_1", "MT2VFSS1D0F0"),
+        Errno::EBUSY,
+        &["hot"],
+    );
+}
+
+#[test]
+fn plugging_follows_what_the_data_plane_reports() {
+    let mut model = hot();
+    assert_eq!(model.plug_state("hot"), Some(PlugState::PowerOff));
+    refused(
+        &model,
+        |m| m.device_hotunplug("hot", false),
+        Errno::EINVAL,
+        &["hot", "not plugged"],
+    );
+    let (plugged, step) = model.device_hotplug("hot").unwrap();
+    assert_eq!((plugged.link, plugged.function.port), (None, Some(0)));
+    done(&mut model, step);
+    assert_eq!(model.plug_state("hot"), Some(PlugState::PowerOff));
+    for (state, words) in [
+        (PlugState::PlugInProgress, "not taken it yet"),
+        (PlugState::PowerOn, "plugged already"),
+        (PlugState::UnplugInProgress, "being unplugged"),
+    ] {
+        model.event(plug_event(state));
+        assert_eq!(model.plug_state("hot"), Some(state));
+        refused(
+            &model,
+            |m| m.device_hotplug("hot"),
+            Errno::EALREADY,
+            &["hot", words],
+        );
+        let (_, step) = model.device_hotunplug("hot", true).unwrap();
+        let Step::Send(ticket) = step else {
+            panic!("nothing sent")
+        };
+        let unplug = Command::DeviceUnplug {
+            name: "hot".to_owned(),
+            ask: true,
+        };
+        assert_eq!(ticket.command, unplug);
+    }
+}
+
+#[test]
+fn a_data_plane_that_starts_anew_gets_its_functions_before_the_devices_on_them() {
+    let model = hot();
+    let mut kept = Model::restore(model.stored()).unwrap();
+    let missing = kept.adopt(platform()).missing;
+    let [_, function, device] = &missing[..] else {
+        panic!("{missing:?}")
+    };
+    let create = Command::FunctionCreate {
+        manager: "mlx5_1".to_owned(),
+        vuid: Some("MT2VFSS1D0F0".to_owned()),
+    };
+    assert_eq!(function.command, create);
+    assert!(matches!(&device.command, Command::DeviceStart(spec) if spec.name == "hot"));
+    kept.function_created(on_port());
+    for ticket in missing {
+        kept.finish_missing(ticket, true);
+    }
+    assert_eq!(kept.stored(), model.stored());
 }
 
 #[test]

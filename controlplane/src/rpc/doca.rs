@@ -1,14 +1,19 @@
 //! Methods about emulation managers, their functions, and devices on them.
 
+use std::rc::Rc;
+
 use serde_json::Value;
 use serde_json::json;
 
 use ferry_shared::msg::Function;
+use ferry_shared::msg::Reply;
 
 use super::RpcError;
 use super::decode::Args;
+use super::method::Answer;
 use super::virtio_fs;
 use crate::app::App;
+use crate::hotplug;
 use crate::model::Device;
 
 pub(super) fn get_managers(app: &App, _: &Args) -> Result<Value, RpcError> {
@@ -53,14 +58,17 @@ pub(super) fn manager_destroy(app: &App, args: &Args) -> Result<Value, RpcError>
 /// Clients know these keys with their blanks, and the flag as a string.
 fn describe_function((function, device): (&Function, Option<&Device>)) -> Value {
     let mut described = json!({
-        "hot pluggable": if function.hotplug { "true" } else { "false" },
-        "pci_address": function.pci_address,
+        "hot pluggable": if function.port.is_some() { "true" } else { "false" },
+        "pci_address": function.address(),
         "vuid": function.vuid,
         "function_type": "PF",
         "socket": function.socket,
     });
     if let Some(device) = device {
         described["device"] = json!(device.name);
+    }
+    if function.port.is_some() {
+        described["hotplug_state"] = json!(function.plug.name());
     }
     described
 }
@@ -83,15 +91,27 @@ pub(super) fn get_functions(app: &App, args: &Args) -> Result<Value, RpcError> {
     ))
 }
 
-pub(super) fn function_create(app: &App, args: &Args) -> Result<Value, RpcError> {
-    let vuid = app.model().function_create(args.required("manager"))?;
-    Ok(Value::String(vuid))
+pub(super) fn function_create(app: Rc<App>, args: Args) -> Answer {
+    Box::pin(async move {
+        let (manager, vuid) = (args.required("manager"), args.text("vuid"));
+        let step = app.model().function_create(manager, vuid);
+        match app.carry_out(step?).await? {
+            Reply::Function(function) => Ok(Value::String(function.vuid)),
+            _ => {
+                let text = "Internal error: the data plane has named no function";
+                Err(RpcError::new(RpcError::INTERNAL_ERROR, text))
+            }
+        }
+    })
 }
 
-pub(super) fn function_destroy(app: &App, args: &Args) -> Result<Value, RpcError> {
-    app.model()
-        .function_destroy(args.required("manager"), args.required("vuid"))?;
-    Ok(Value::Bool(true))
+pub(super) fn function_destroy(app: Rc<App>, args: Args) -> Answer {
+    Box::pin(async move {
+        let (manager, vuid) = (args.required("manager"), args.required("vuid"));
+        let step = app.model().function_destroy(manager, vuid);
+        app.carry_out(step?).await?;
+        Ok(Value::Bool(true))
+    })
 }
 
 pub(super) fn device_modify(app: &App, args: &Args) -> Result<Value, RpcError> {
@@ -110,7 +130,18 @@ pub(super) fn device_modify(app: &App, args: &Args) -> Result<Value, RpcError> {
     Ok(Value::Bool(true))
 }
 
-pub(super) fn device_hotplug(app: &App, args: &Args) -> Result<Value, RpcError> {
-    app.model().device_hotplug(args.required("dev_name"))?;
-    Ok(Value::Bool(true))
+pub(super) fn device_hotplug(app: Rc<App>, args: Args) -> Answer {
+    Box::pin(async move {
+        let wait = args.flag("wait_for_done").unwrap_or(false);
+        hotplug::plug(&app, args.required("dev_name"), wait).await?;
+        Ok(Value::Bool(true))
+    })
+}
+
+pub(super) fn device_hotunplug(app: Rc<App>, args: Args) -> Answer {
+    Box::pin(async move {
+        let wait = args.flag("wait_for_done").unwrap_or(false);
+        hotplug::unplug(&app, args.required("dev_name"), wait).await?;
+        Ok(Value::Bool(true))
+    })
 }

@@ -414,7 +414,7 @@ const OPERATE: &[Method] = &[
         help: "Plug a started device into the host",
         params: &[DEVICE, WAIT],
         dataplane: true,
-        handler: Handler::Now(doca::device_hotplug),
+        handler: Handler::Later(doca::device_hotplug),
         ..METHOD
     },
     Method {
@@ -422,7 +422,7 @@ const OPERATE: &[Method] = &[
         help: "Unplug a started device from the host",
         params: &[DEVICE, WAIT],
         dataplane: true,
-        handler: Handler::Now(doca::device_hotplug),
+        handler: Handler::Later(doca::device_hotunplug),
         ..METHOD
     },
     Method {
@@ -470,10 +470,17 @@ const OPERATE: &[Method] = &[
     Method {
         name: "virtio_fs_doca_function_create",
         help: "Create a hot-pluggable function and print its VUID",
-        params: &[MANAGER],
+        params: &[
+            MANAGER,
+            Param {
+                mandatory: false,
+                help: "vendor unique identifier of the wanted function, instead of that of the first free port",
+                ..VUID
+            },
+        ],
         dataplane: true,
         output: Output::Json,
-        handler: Handler::Now(doca::function_create),
+        handler: Handler::Later(doca::function_create),
         ..METHOD
     },
     Method {
@@ -481,7 +488,7 @@ const OPERATE: &[Method] = &[
         help: "Destroy a hot-pluggable function that no device uses",
         params: &[MANAGER, VUID],
         dataplane: true,
-        handler: Handler::Now(doca::function_destroy),
+        handler: Handler::Later(doca::function_destroy),
         ..METHOD
     },
     Method {

@@ -164,6 +164,9 @@ fn describe_device(model: &Model, device: &Device) -> Value {
         described["manager"] = json!(device.manager.as_deref().unwrap_or_default());
         described["vuid"] = json!(device.vuid.as_deref().unwrap_or_default());
     }
+    if let Some(state) = model.plug_state(&device.name) {
+        described["hotplug_state"] = json!(state.name());
+    }
     described["socket"] = json!(model.device_socket(device).unwrap_or_default());
     described["connected"] = json!(live.is_some_and(|live| live.connected));
     described["mounted"] = json!(live.is_some_and(|live| live.mounted));
@@ -262,6 +265,11 @@ pub(super) fn config(app: &App) -> Vec<Value> {
             }
         }
     }
+    let functions = model.hotplug_functions().iter();
+    requests.extend(functions.map(|function| {
+        let place = json!({"manager": function.manager, "vuid": function.vuid});
+        call("virtio_fs_doca_function_create", place)
+    }));
     requests.extend(model.devices().iter().flat_map(device_config));
     requests
 }

@@ -15,6 +15,7 @@ fn state(name: &str) -> StateV1 {
         }],
         transports: Vec::new(),
         managers: Vec::new(),
+        functions: Vec::new(),
         devices: Vec::new(),
         disabled: Vec::new(),
         wishes: WishesV1::default(),

@@ -4,6 +4,11 @@ fn parse(text: &str) -> Result<Platform, String> {
     Platform::parse(Path::new("p.toml"), text).map_err(|e| e.to_string())
 }
 
+fn stored(text: &str, settings: &Firmware) -> Result<Platform, String> {
+    let (file, store) = (Path::new("p.toml"), Path::new("s.toml"));
+    Platform::read(file, text, store, settings).map_err(|e| e.to_string())
+}
+
 /// A manager with the lines given put into its own table and into its firmware table.
 fn manager(own: &str, firmware: &str) -> String {
     format!(
@@ -14,14 +19,11 @@ fn manager(own: &str, firmware: &str) -> String {
 
 #[test]
 fn built_in_platform_has_one_manager_with_two_functions() {
-    let platform = Platform::load(None).unwrap();
+    let platform = Platform::delivered(None).unwrap();
     let [manager] = platform.managers() else {
         panic!("{platform:?}")
     };
-    assert_eq!(
-        (manager.name.as_str(), manager.hotplug_ports),
-        ("mlx5_0", 0)
-    );
+    assert_eq!((manager.name.as_str(), manager.ports.len()), ("mlx5_0", 31));
     let functions: Vec<_> = platform.describe_functions(Path::new("/run/f")).collect();
     assert_eq!(functions.len(), 2);
     assert_eq!(functions[0].vuid, "MT2251XZ02WZVFSS0D0F2");
@@ -79,8 +81,12 @@ fn wrong_values_name_file_manager_key_value_and_range() {
             "VIRTIO_FS_EMULATION_NUM_VF = 1 is not allowed, only 0",
         ),
         (
-            manager("", "PCI_SWITCH_EMULATION_ENABLE = 1"),
-            "hot-plug is not supported",
+            manager("", "PCI_SWITCH_EMULATION_NUM_PORT = 33"),
+            "PCI_SWITCH_EMULATION_NUM_PORT = 33 is not allowed, only an integer from 0 to 32",
+        ),
+        (
+            manager("bus = 230", SWITCH).replacen("bus = 3\n", "", 1),
+            "needs the 31 buses that follow bus 230",
         ),
         (
             manager("", "INTERNAL_CPU_MODEL = 0"),
@@ -141,9 +147,130 @@ fn managers_must_not_share_names_serials_or_buses() {
     assert_eq!(parse(&both).unwrap().managers().len(), 2);
 }
 
+const SWITCH: &str = "PCI_SWITCH_EMULATION_ENABLE = 1\nPCI_SWITCH_EMULATION_NUM_PORT = 32";
+
+#[test]
+fn a_switch_has_one_port_less_for_functions_than_it_has() {
+    let platform = parse(&manager("", SWITCH)).unwrap();
+    let ports = &platform.managers()[0].ports;
+    assert_eq!(ports.len(), 31);
+    assert_eq!(
+        (ports[0].vuid.as_str(), ports[0].pci_address.as_str()),
+        ("MT1VFSS1D0F0", "0000:04:00.0")
+    );
+    assert_eq!(
+        (ports[30].vuid.as_str(), ports[30].pci_address.as_str()),
+        ("MT1VFSS31D0F0", "0000:22:00.0")
+    );
+    for few in ["0", "1"] {
+        let text = manager("", &SWITCH.replace("32", few));
+        assert_eq!(parse(&text).unwrap().managers()[0].ports, []);
+    }
+    let off = manager("", &SWITCH.replace("ENABLE = 1", "ENABLE = 0"));
+    assert_eq!(parse(&off).unwrap().managers()[0].ports, []);
+}
+
+#[test]
+fn buses_of_hotplug_ports_belong_to_one_manager() {
+    let one = manager("", SWITCH);
+    let other = one.replace("mlx5_0", "mlx5_1").replace("MT1", "MT2");
+    let near = format!("{one}{}", other.replace("bus = 3", "bus = 33"));
+    assert!(parse(&near).unwrap_err().contains("hot-plug ports"));
+    let far = format!("{one}{}", other.replace("bus = 3", "bus = 34"));
+    assert_eq!(parse(&far).unwrap().managers().len(), 2);
+}
+
+#[test]
+fn what_is_stored_replaces_what_the_file_says() {
+    let mut settings = Firmware::default();
+    let text = manager("", "VIRTIO_FS_EMULATION_NUM_PF = 1");
+    settings
+        .settings
+        .insert("mlx5_0".to_owned(), Settings::default());
+    assert_eq!(
+        stored(&text, &settings).unwrap().managers()[0].functions,
+        []
+    );
+    let mut own = Settings::default();
+    for (name, value) in [
+        (firmware::EMULATION_ENABLE, 1),
+        (firmware::SWITCH_ENABLE, 1),
+        (firmware::SWITCH_NUM_PORT, 32),
+    ] {
+        own.set(name, value, 2).unwrap();
+    }
+    settings.settings.insert("mlx5_0".to_owned(), own);
+    let platform = stored(&text, &settings).unwrap();
+    assert_eq!(platform.managers()[0].functions, []);
+    assert_eq!(platform.managers()[0].ports.len(), 31);
+    let error = stored(&text.replace("bus = 3", "bus = 250"), &settings).unwrap_err();
+    assert!(
+        error.starts_with("firmware settings s.toml: manager mlx5_0: PCI_SWITCH"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_host_link_names_one_vmm_and_its_places() {
+    let link = |lines: &str| {
+        let text = format!("{}\n[manager.host_link]\n{lines}\n", manager("", ""));
+        parse(&text).map(|p| p.managers()[0].host_link.clone())
+    };
+    assert_eq!(
+        link("qmp = \"/q\"\nbuses = [\"a\", \"b\"]").unwrap(),
+        Some(HostLink::Qmp {
+            socket: "/q".into(),
+            buses: vec!["a".into(), "b".into()]
+        })
+    );
+    assert_eq!(
+        link("cloud_hypervisor = \"/c\"").unwrap(),
+        Some(HostLink::CloudHypervisor {
+            socket: "/c".into()
+        })
+    );
+    for (lines, expected) in [
+        ("", "exactly one of"),
+        ("qmp = \"/q\"", "needs buses"),
+        ("qmp = \"q\"\nbuses = [\"a\"]", "absolute path"),
+        ("qmp = \"/q\"\nbuses = [\"a b\"]", "buses = \"a b\""),
+        (
+            "qmp = \"/q\"\nbuses = [\"a\"]\ncloud_hypervisor = \"/c\"",
+            "exactly one of",
+        ),
+        (
+            "cloud_hypervisor = \"/c\"\nbuses = [\"a\"]",
+            "buses goes with qmp",
+        ),
+        ("vmm = 1", "unknown key vmm"),
+        (
+            "cloud_hypervisor = \"/c\"\nmsix = 1",
+            "neither true nor false",
+        ),
+    ] {
+        let error = link(lines).unwrap_err();
+        assert!(error.contains(expected), "{lines}: {error}");
+    }
+}
+
+#[test]
+fn functions_that_go_over_qmp_have_msix_only_on_request() {
+    let vectors = |lines: &str| {
+        let firmware = format!("VIRTIO_FS_EMULATION_NUM_PF = 1\n{SWITCH}");
+        let text = format!("{}\n[manager.host_link]\n{lines}\n", manager("", &firmware));
+        let platform = parse(&text).unwrap();
+        let manager = &platform.managers()[0];
+        (manager.functions[0].num_msix, manager.ports[30].num_msix)
+    };
+    let qmp = "qmp = \"/q\"\nbuses = [\"a\"]";
+    assert_eq!(vectors(qmp), (2, 0));
+    assert_eq!(vectors(&format!("{qmp}\nmsix = true")), (2, 2));
+    assert_eq!(vectors("cloud_hypervisor = \"/c\""), (2, 2));
+}
+
 #[test]
 fn lookup_says_which_name_is_unknown() {
-    let platform = Platform::load(None).unwrap();
+    let platform = Platform::delivered(None).unwrap();
     assert!(platform.find("mlx5_0", "MT2251XZ02WZVFSS0D0F3").is_ok());
     let error = platform.find("mlx5_9", "x").unwrap_err();
     assert_eq!(error.errno, Errno::ENODEV);
@@ -159,6 +286,26 @@ fn lookup_says_which_name_is_unknown() {
 
 #[test]
 fn a_missing_file_is_named() {
-    let error = Platform::load(Some(Path::new("/nonexistent/p.toml"))).unwrap_err();
+    let error = Platform::delivered(Some(Path::new("/nonexistent/p.toml"))).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/p.toml"));
+}
+
+#[test]
+fn a_process_that_goes_on_has_the_settings_of_the_former_one_and_a_new_one_those_of_the_store() {
+    let dir = std::env::temp_dir().join(format!("ferry-resume-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (file, store) = (dir.join("platform.toml"), dir.join("firmware.toml"));
+    std::fs::write(&file, manager("", "VIRTIO_FS_EMULATION_NUM_PF = 2")).unwrap();
+    let former = Platform::load(Some(&file), &store).unwrap();
+    let kept = former.record(Some(&file), &store).text();
+    let mut changed = former.record(None, Path::new(""));
+    changed.origin = None;
+    let settings = changed.settings.get_mut("mlx5_0").unwrap();
+    settings.set(firmware::NUM_PF, 1, 2).unwrap();
+    changed.save(&store).unwrap();
+    let resumed = Platform::resume(Some(&file), &kept).unwrap();
+    assert_eq!(resumed, former);
+    let new = Platform::load(Some(&file), &store).unwrap();
+    assert_eq!(new.managers()[0].functions.len(), 1);
+    std::fs::remove_dir_all(&dir).unwrap();
 }

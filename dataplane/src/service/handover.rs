@@ -16,12 +16,13 @@ impl Service {
                 self.fsdevs.insert(name, spec);
             }
         }
+        self.restore_ports();
         let ids = self.keeper.keys("device/");
         let mut ids: Vec<u32> = ids.iter().filter_map(|id| id.parse().ok()).collect();
         ids.sort_unstable();
         for id in ids.into_iter().map(DeviceId) {
             self.last_id = self.last_id.max(id.0);
-            let Some(DeviceV1 { spec, paused }) = self.keeper.load(&device_key(id)) else {
+            let Some(DeviceV1 { spec, paused, .. }) = self.keeper.load(&device_key(id)) else {
                 continue;
             };
             let name = spec.name.clone();

@@ -25,7 +25,7 @@ use self::vhost_user::VhostUser;
 use crate::engine::{CoreEvent, Cores, DeviceId, QueueIdx};
 use crate::keeper::Keeper;
 use crate::os::poller::Poller;
-use crate::platform::StaticFunction;
+use crate::platform::EmulatedFunction;
 
 /// A device's way to its driver.
 #[derive(Debug)]
@@ -49,16 +49,17 @@ impl Transport {
         Ok(Transport::VhostUser(Box::new(device)))
     }
 
-    /// Listens on the vfio-user socket of a function of the platform.
+    /// Makes a function of the platform, and listens on its vfio-user socket if it is offered to the host.
     pub fn open_vfio_user(
         spec: &DeviceSpec,
         id: DeviceId,
-        place: &StaticFunction,
+        place: &EmulatedFunction,
         socket: &Path,
+        offered: bool,
         poller: Arc<Poller>,
         keeper: &Keeper,
     ) -> Result<Transport, Failure> {
-        let device = VfioUser::open(spec, id, place, socket, poller, keeper)?;
+        let device = VfioUser::open(spec, id, place, socket, offered, poller, keeper)?;
         Ok(Transport::VfioUser(Box::new(device)))
     }
 
@@ -155,6 +156,14 @@ impl Transport {
         match self {
             Transport::VhostUser(device) => device.connected(),
             Transport::VfioUser(device) => device.connected(),
+        }
+    }
+
+    /// The function, for what only functions do.
+    pub fn function(&mut self) -> Option<&mut VfioUser> {
+        match self {
+            Transport::VhostUser(_) => None,
+            Transport::VfioUser(device) => Some(device),
         }
     }
 }

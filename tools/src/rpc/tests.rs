@@ -14,6 +14,7 @@ use ferry_shared::msg::Command;
 use ferry_shared::msg::Function;
 use ferry_shared::msg::Item;
 use ferry_shared::msg::Manager;
+use ferry_shared::msg::PlugState;
 use ferry_shared::msg::Reply;
 use tokio::sync::oneshot;
 use tokio::task::LocalSet;
@@ -32,13 +33,15 @@ impl Link for Agreeable {
                 manager: "mlx5_0".to_owned(),
                 vuid: VUID.to_owned(),
                 pci_address: "0000:29:00.2".to_owned(),
-                hotplug: false,
+                port: None,
+                plug: PlugState::PowerOn,
                 socket: "/run/ferry/pci/f.sock".to_owned(),
             };
             vec![
                 Item::Manager(Manager {
                     name: "mlx5_0".to_owned(),
                     hotplug_ports: 0,
+                    host_link: None,
                 }),
                 Item::Function(function),
             ]

@@ -24,6 +24,9 @@ pub struct Args {
     /// Platform file: emulation managers and functions
     #[arg(long, value_name = "FILE")]
     pub platform: Option<PathBuf>,
+    /// Settings of the emulated firmware, which `ferry fwconfig` changes [default: /etc/ferry/firmware.toml]
+    #[arg(long, value_name = "FILE")]
+    pub firmware: Option<PathBuf>,
     /// How cores wait for work: adaptive, busy or interrupt
     #[arg(long, value_name = "MODE")]
     pub poll: Option<String>,
@@ -130,6 +133,7 @@ impl Args {
             no_huge: self.no_huge || other.no_huge,
             run_dir: self.run_dir.or(other.run_dir),
             platform: self.platform.or(other.platform),
+            firmware: self.firmware.or(other.firmware),
             poll: self.poll.or(other.poll),
             cpumask_locks: self.cpumask_locks.or(other.cpumask_locks),
             disable_cpumask_locks: self.disable_cpumask_locks || other.disable_cpumask_locks,
@@ -175,6 +179,7 @@ impl Args {
         line.flag("--no-huge", self.no_huge);
         line.option("--run-dir", Some(self.run_dir()));
         line.option("--platform", self.platform.as_ref());
+        line.option("--firmware", self.firmware.as_ref());
         line.option("--poll", self.poll.as_ref());
         let off = self.disable_cpumask_locks.then(|| "off".to_owned());
         line.option("--cpumask-locks", off.or(self.cpumask_locks.clone()));

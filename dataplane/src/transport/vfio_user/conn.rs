@@ -28,7 +28,7 @@ use crate::keeper::Keeper;
 use crate::os::fdstore::Kept;
 use crate::os::poller::{Poller, Token};
 use crate::os::socket::{Listener, Stream};
-use crate::platform::StaticFunction;
+use crate::platform::EmulatedFunction;
 use crate::transport::link::{Link, LinkV1, Settled};
 use crate::transport::saver::Saver;
 use crate::transport::staged::Staged;
@@ -109,7 +109,7 @@ pub struct VfioUser {
     id: DeviceId,
     name: String,
     poller: Arc<Poller>,
-    /// `None` once the device is closed.
+    /// `None` while the function is not offered to anybody: not plugged, or closed.
     listener: Option<Listener>,
     kept: Option<Kept>,
     saver: Saver,
@@ -120,13 +120,14 @@ pub struct VfioUser {
 }
 
 impl VfioUser {
-    /// Makes the function at `place`, and its socket, or takes over what a former process has kept of them;
-    /// [`VfioUser::adopt`] then goes on with it.
+    /// Makes the function at `place`, and its socket if it is `offered`, or takes over what a former process has kept of
+    /// them; [`VfioUser::adopt`] then goes on with it.
     pub fn open(
         spec: &DeviceSpec,
         id: DeviceId,
-        place: &StaticFunction,
+        place: &EmulatedFunction,
         socket: &Path,
+        offered: bool,
         poller: Arc<Poller>,
         keeper: &Keeper,
     ) -> Result<VfioUser, Failure> {
@@ -144,20 +145,10 @@ impl VfioUser {
             Some((saved, link)) => (Some(saved), link),
             None => (None, None),
         };
-        let kept = saved.as_ref().and_then(|s| keeper.fds().adopt(s.listener?));
-        let adopted = kept.as_ref().zip(saved.as_ref()).and_then(|(kept, s)| {
-            let fd = kept.as_fd().try_clone_to_owned().ok()?;
-            Listener::adopt(fd, socket, s.file)
-        });
-        let (listener, kept) = match adopted {
-            Some(listener) => (listener, kept),
-            None => {
-                let listener = Listener::bind(socket)?;
-                let kept = keeper.keep(&listener);
-                (listener, kept)
-            }
-        };
-        let next = saved.as_ref().and_then(|s| s.next);
+        let listener = saved
+            .as_ref()
+            .and_then(|saved| restore_listener(saved, socket, keeper));
+        let next = saved.as_ref().filter(|_| offered).and_then(|s| s.next);
         let next = next.and_then(|number| restore_stream(number, keeper));
         let client = saved.and_then(|s| s.client).zip(link);
         let client = match client {
@@ -174,12 +165,12 @@ impl VfioUser {
             }
             None => None,
         };
-        let device = VfioUser {
+        let mut device = VfioUser {
             id,
             name: spec.name.clone(),
             poller,
             listener: None,
-            kept,
+            kept: None,
             saver,
             client,
             next,
@@ -188,17 +179,67 @@ impl VfioUser {
         let pin = device.served.function.pin();
         device
             .poller
-            .add(&listener, device.token(LISTENER))
-            .and_then(|()| device.poller.add(pin, device.token(PIN)))
+            .add(pin, device.token(PIN))
             .and_then(|()| match &device.client {
                 Some(client) => device.poller.add(&client.link, device.token(CLIENT)),
                 None => Ok(()),
             })
             .map_err(|e| failed("wait for connections", e))?;
-        Ok(VfioUser {
-            listener: Some(listener),
-            ..device
-        })
+        match listener {
+            // What is not offered any more goes away here.
+            _ if !offered => {}
+            Some((listener, kept)) => device.offer(listener, Some(kept))?,
+            None => device.offer_at(socket)?,
+        }
+        Ok(device)
+    }
+
+    /// Offers the function to clients.
+    pub fn listen(&mut self, socket: &Path) -> Result<(), Failure> {
+        self.offer_at(socket)?;
+        self.save();
+        Ok(())
+    }
+
+    fn offer_at(&mut self, socket: &Path) -> Result<(), Failure> {
+        let listener = Listener::bind(socket)?;
+        let kept = self.saver.keeper().keep(&listener);
+        self.offer(listener, kept)
+    }
+
+    fn offer(&mut self, listener: Listener, kept: Option<Kept>) -> Result<(), Failure> {
+        self.poller
+            .add(&listener, self.token(LISTENER))
+            .map_err(|e| {
+                let detail = format!("cannot wait for connections of device {}", self.name);
+                Failure::new(Errno::from_raw(e as i32), detail)
+            })?;
+        (self.listener, self.kept) = (Some(listener), kept);
+        Ok(())
+    }
+
+    /// Takes the socket away; a client that is connected stays.
+    pub fn withdraw(&mut self) {
+        self.stop_listening();
+        self.save();
+    }
+
+    fn stop_listening(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            let _ = self.poller.remove(&listener);
+        }
+        self.kept = None;
+        self.next = None;
+    }
+
+    /// Asks the client, in the way of VFIO, to let go of the function.
+    pub fn ask_release(&self) {
+        self.served.function.ask_release();
+    }
+
+    /// Whether the driver has taken the function.
+    pub fn driver_ok(&self) -> bool {
+        self.served.function.driver_ok()
     }
 
     /// Starts what ran in a former process, and does what it had left to do; the session of a client that is gone ends.
@@ -286,11 +327,8 @@ impl VfioUser {
 
     /// Takes the socket away and resets the function. [`is_quiet`](Self::is_quiet) tells when nothing is left.
     pub fn begin_close(&mut self, cores: &mut dyn Cores) {
-        if let Some(listener) = self.listener.take() {
-            let _ = self.poller.remove(&listener);
-            let _ = self.poller.remove(self.served.function.pin());
-        }
-        self.next = None;
+        self.stop_listening();
+        let _ = self.poller.remove(self.served.function.pin());
         self.drop_client();
         self.served.hang_up(cores);
     }
@@ -434,6 +472,17 @@ impl VfioUser {
             self.save();
         }
     }
+}
+
+/// The listening socket of a former process, if clients still find it.
+fn restore_listener(
+    saved: &VfioUserV1,
+    socket: &Path,
+    keeper: &Keeper,
+) -> Option<(Listener, Kept)> {
+    let kept = keeper.fds().adopt(saved.listener?)?;
+    let fd = kept.as_fd().try_clone_to_owned().ok()?;
+    Some((Listener::adopt(fd, socket, saved.file)?, kept))
 }
 
 /// A stream that is kept.

@@ -41,8 +41,9 @@ pub(crate) struct Interrupts {
     pin: Option<EventFd>,
     /// The pin has fired and waits for the client's unmask, or the client has masked it.
     pin_masked: bool,
-    /// Error and release notifications: the client sets them, nothing here fires them.
+    /// Errors: the client sets it, nothing here fires it.
     errors: Option<EventFd>,
+    /// Asks the client to let go of the device.
     release: Option<EventFd>,
 }
 
@@ -160,6 +161,11 @@ impl Interrupts {
             pin.signal();
             self.pin_masked = true;
         }
+    }
+
+    /// Asks the client to let go of the device, if it takes such requests.
+    pub(crate) fn ask_release(&self) {
+        self.release.iter().for_each(EventFd::signal);
     }
 
     /// Carries out a `SET_IRQS`. `data` is what followed the structure.

@@ -24,7 +24,7 @@ use crate::id::{CoreEvent, DeviceId, QueueIdx};
 use crate::keeper::Keeper;
 use crate::mem::{GuestMap, Iova};
 use crate::os::eventfd::EventFd;
-use crate::platform::StaticFunction;
+use crate::platform::EmulatedFunction;
 use crate::transport::requests::Requests;
 use crate::transport::running::{Notice, QueueSetup, RunningQueues};
 use crate::virtio::device::{DeviceModel, QueueSettings, StatusEffect};
@@ -127,7 +127,7 @@ impl PciFunction {
     pub(crate) fn new(
         id: DeviceId,
         spec: &DeviceSpec,
-        place: &StaticFunction,
+        place: &EmulatedFunction,
         keeper: &Keeper,
     ) -> Result<PciFunction, Errno> {
         let size = u16::try_from(spec.queue_size).unwrap_or(u16::MAX);
@@ -543,6 +543,16 @@ impl PciFunction {
         self.resetting = false;
         self.queues.set_memory(Arc::clone(&self.map), cores);
         self.update_pin();
+    }
+
+    /// Whether the driver has said that it is ready.
+    pub(crate) fn driver_ok(&self) -> bool {
+        self.model.status().contains(Status::DRIVER_OK)
+    }
+
+    /// Asks the client to let go of the function.
+    pub(crate) fn ask_release(&self) {
+        self.irqs.ask_release();
     }
 
     /// Whether a reset is under way.

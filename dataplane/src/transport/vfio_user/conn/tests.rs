@@ -72,7 +72,7 @@ impl Rig {
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("ferry-vfu-{}-{n}", std::process::id()));
         std::fs::create_dir_all(dir.join("pci")).unwrap();
-        let platform = Platform::load(None).unwrap();
+        let platform = Platform::delivered(None).unwrap();
         let mut place = platform
             .find("mlx5_0", "MT2251XZ02WZVFSS0D0F2")
             .unwrap()
@@ -84,6 +84,7 @@ impl Rig {
             DEVICE,
             &place,
             &place.socket(&dir),
+            true,
             Arc::clone(&poller),
             &Keeper::default(),
         )
