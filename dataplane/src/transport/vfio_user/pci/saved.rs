@@ -91,13 +91,15 @@ impl PciFunction {
         self.config.restore(&saved.config) && self.irqs.restore(saved.irqs)
     }
 
-    /// Starts what ran in a former process, and ends what it had not ended.
-    pub(crate) fn resume(&mut self, map: Arc<GuestMap>, cores: &mut dyn Cores) {
+    /// Starts what ran in a former process, and ends what it had not ended; `false` if the driver has to reset the device,
+    /// because its rings cannot be continued.
+    pub(crate) fn resume(&mut self, map: Arc<GuestMap>, cores: &mut dyn Cores) -> bool {
         self.map = Arc::clone(&map);
         // Nothing runs yet, so that this is done at once.
         self.queues.set_memory(map, cores);
         if self.resetting {
-            return self.reset_device(cores);
+            self.reset_device(cores);
+            return true;
         }
         let running = self.model.status().contains(Status::DRIVER_OK);
         let packed = self.model.packed();
@@ -110,16 +112,12 @@ impl PciFunction {
                 self.start_queue(index, true, cores);
             }
         }
-        if running && packed {
-            // Descriptors of a packed ring are overwritten as it goes round, and nothing records which were taken from it.
-            tracing::error!(
-                device = self.id.0,
-                "its driver uses packed rings, which cannot be continued after a restart; it has to reset the device"
-            );
-            if self.model.set_needs_reset() {
-                self.interrupt_config();
-            }
+        // Descriptors of a packed ring are overwritten as it goes round, and nothing records which were taken from it.
+        let lost = running && packed;
+        if lost && self.model.set_needs_reset() {
+            self.interrupt_config();
         }
         self.update_pin();
+        !lost
     }
 }
