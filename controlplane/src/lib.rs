@@ -20,7 +20,10 @@ pub mod state;
 /// A fresh directory for one test, removed with the value.
 #[cfg(test)]
 fn test_dir(name: &str) -> TestDir {
-    let path = std::env::temp_dir().join(format!("ferry-cp-{}-{name}", std::process::id()));
+    static NEXT: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
+    let process = std::process::id();
+    let path = std::env::temp_dir().join(format!("ferry-cp-{process}-{number}-{name}"));
     let _ = std::fs::remove_dir_all(&path);
     std::fs::create_dir(&path).expect("a directory for the test");
     TestDir(path)
