@@ -1,8 +1,8 @@
 //! pjdfstest in Linux guests, which reach the device with their own virtio-fs driver: User-Mode-Linux over vhost-user, and,
 //! when everything runs, a virtual machine over vfio-user.
 
-use super::installed;
 use super::pjdfstest::{self, Pjdfstest};
+use super::{installed, on_path};
 use crate::disk::Backing;
 use crate::matrix::{self, Export, Rig, Suite, Transport};
 use crate::outcome::Outcomes;
@@ -82,6 +82,8 @@ fn in_guest(rig: &Rig, transport: Transport) -> Result<Outcomes> {
     let outcome = guest
         .device(device)
         .program("bin/pjdfstest", &installed("pjdfstest")?)?
+        // It runs a copy of this under another name, which busybox would not know itself by.
+        .program("bin/sleep", &on_path("sleep")?)?
         .file("etc/passwd", &scratch.join("passwd"))
         .file("etc/group", &scratch.join("group"))
         .file("pjdfstest.toml", &scratch.join("pjdfstest.toml"))
