@@ -106,6 +106,20 @@ impl Service {
         Self::start_with(&ServiceConfig::default())
     }
 
+    /// Starts a service with defaults that exports a fresh directory as `aio0`, with these parameters; gives the directory too.
+    ///
+    /// # Errors
+    /// As [`Service::start`], or when the fsdev is refused.
+    pub fn start_exporting(parameters: &str) -> Result<(Self, PathBuf)> {
+        let service = Self::start()?;
+        let export = service.dir().make_dir("export");
+        service.call(&format!(
+            "fsdev_aio_create aio0 {} {parameters}",
+            export.display()
+        ))?;
+        Ok((service, export))
+    }
+
     /// Starts a service and waits until it answers.
     ///
     /// # Errors
@@ -243,6 +257,20 @@ impl Service {
             }
         }
         bail!("{name} does not run")
+    }
+
+    /// Waits until a process of this name runs below the supervisor that is not `former`.
+    ///
+    /// # Errors
+    /// When none comes up in a minute.
+    pub fn next_child(&self, name: &str, former: Option<Pid>) -> Result<Pid> {
+        let other = || self.child(name).ok().filter(|new| Some(*new) != former);
+        wait_until(
+            &format!("another {name} runs"),
+            Duration::from_secs(60),
+            || Ok(other().is_some()),
+        )?;
+        other().with_context(|| format!("{name} has ended again"))
     }
 
     /// Ends the service as Ctrl-C does.

@@ -4,24 +4,13 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::{Device, Guest, Kernel, Outcome, Service, need};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 const TAG: &str = "checked";
 const LIMIT: Duration = Duration::from_secs(1500);
 const LEAST_CHECKS: u32 = 60;
-
-/// A service that exports a fresh directory with the options that the checks need.
-fn service() -> Result<(Service, PathBuf)> {
-    let service = Service::start()?;
-    let export = service.dir().make_dir("export");
-    service.call(&format!(
-        "fsdev_aio_create aio0 {} --enable-xattr",
-        export.display()
-    ))?;
-    Ok((service, export))
-}
 
 fn start_doca_device(service: &Service) -> Result<Device> {
     Ok(Device::VfioUser(
@@ -143,7 +132,7 @@ fn verdict(service: &Service, export: &Path, outcome: &Outcome) -> Result<()> {
 }
 
 fn check(guest: Guest, start_device: fn(&Service) -> Result<Device>) -> Result<()> {
-    let (mut service, export) = service()?;
+    let (mut service, export) = Service::start_exporting("--enable-xattr")?;
     let device = start_device(&service)?;
     let outcome = guest
         .device(device)

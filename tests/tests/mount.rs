@@ -11,18 +11,8 @@ use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
-fn service() -> Result<(Service, PathBuf)> {
-    let service = Service::start()?;
-    let export = service.dir().make_dir("export");
-    service.call(&format!(
-        "fsdev_aio_create aio0 {} --enable-xattr",
-        export.display()
-    ))?;
-    Ok((service, export))
-}
-
 fn run_checks(start_device: fn(&Service) -> Result<PathBuf>) -> Result<()> {
-    let (mut service, _) = service()?;
+    let (mut service, _) = Service::start_exporting("--enable-xattr")?;
     let socket = start_device(&service)?;
     let mount = service.mount(&socket)?;
     let program = build_checks(service.dir().path())?;
@@ -88,7 +78,7 @@ fn kill(id: u32) -> Result<()> {
 #[test]
 fn requests_go_on_while_the_control_plane_is_killed_and_comes_back() {
     need!(can_mount());
-    let (service, export) = service().unwrap();
+    let (service, export) = Service::start_exporting("--enable-xattr").unwrap();
     let socket = service
         .start_doca_device("vfsdev0", "steady", "aio0")
         .unwrap();
@@ -130,7 +120,7 @@ fn requests_go_on_while_the_control_plane_is_killed_and_comes_back() {
 #[test]
 fn a_device_can_be_stopped_and_started_again_after_an_unmount() {
     need!(can_mount());
-    let (service, export) = service().unwrap();
+    let (service, export) = Service::start_exporting("--enable-xattr").unwrap();
     let socket = service
         .start_doca_device("vfsdev0", "again", "aio0")
         .unwrap();

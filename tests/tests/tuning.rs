@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use ferry_tests::{Service, ServiceConfig, binary, need, wait_until};
+use ferry_tests::{Service, ServiceConfig, binary, can_mount, need, wait_until};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -140,30 +140,27 @@ fn move_under_load(start_device: fn(&Service) -> Result<PathBuf>) -> Result<()> 
     service.stop()
 }
 
-fn can_mount() -> Result<()> {
-    ensure!(nix::unistd::geteuid().is_root(), "mounting needs root");
-    ensure!(
-        Path::new("/dev/fuse").exists(),
-        "this machine has no /dev/fuse"
-    );
+/// A mount, and two CPUs to move its queues between.
+fn can_move() -> Result<()> {
+    can_mount()?;
     two_cpus().map(drop)
 }
 
 #[test]
 fn queues_of_a_doca_function_move_between_cores_under_load() {
-    need!(can_mount());
+    need!(can_move());
     move_under_load(|service| service.start_doca_device("vfsdev0", "moved", "aio0")).unwrap();
 }
 
 #[test]
 fn queues_of_a_vhost_user_device_move_between_cores_under_load() {
-    need!(can_mount());
+    need!(can_move());
     move_under_load(|service| service.start_vhost_user_device("vfsdev0", "moved", "aio0")).unwrap();
 }
 
 #[test]
 fn a_thread_that_cannot_move_is_refused_and_stays() {
-    need!(can_mount());
+    need!(can_move());
     let check = || -> Result<()> {
         let (mut service, cpus) = service(&[])?;
         let socket = service.start_vhost_user_device("vfsdev0", "stays", "aio0")?;
@@ -336,7 +333,7 @@ fn traced(file: &str) -> Result<String> {
 
 #[test]
 fn trace_points_that_are_on_are_written_and_others_are_not() {
-    need!(can_mount());
+    need!(can_move());
     let check = || -> Result<()> {
         let (mut service, _) = service(&[])?;
         let socket = service.start_doca_device("vfsdev0", "traced", "aio0")?;
@@ -463,7 +460,7 @@ fn context_switches_and_pci_functions_are_shown() {
 
 #[test]
 fn an_fsdev_that_hands_on_serves_what_is_below_it() {
-    need!(can_mount());
+    need!(can_move());
     let check = || -> Result<()> {
         let (mut service, _) = service(&[])?;
         let missing = service.rpc("fsdev_passthru_ext_create nosuch pt0")?;

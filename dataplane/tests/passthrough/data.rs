@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 
-use ferry_dataplane::fsdev::FsDev as _;
+use ferry_dataplane::fsdev::{FsDev as _, Io};
 use ferry_dataplane::fuse::abi::*;
 use ferry_dataplane::mem::IoVec;
 use ferry_shared::errno::Errno;
@@ -520,4 +520,17 @@ fn the_placement_decides_what_leaves_the_core() {
         assert!(!rig.fs.may_block(FUSE_FORGET) && !rig.fs.may_block(FUSE_BATCH_FORGET));
         assert!(rig.fs.may_block(FUSE_SYNCFS) && rig.fs.may_block(FUSE_COPY_FILE_RANGE));
     }
+}
+
+#[test]
+fn a_read_that_fails_half_way_is_not_taken_for_the_end_of_the_file() {
+    let rig = Rig::new();
+    fs::write(rig.top.join("f"), [7; 8192]).unwrap();
+    let file = rig.look(ROOT, "f").unwrap().nodeid;
+    let fh = rig.open(file, libc::O_RDONLY).unwrap();
+    // The ring meets the error itself, and answers with it.
+    assert!(matches!(
+        rig.read_into_a_hole(file, fh),
+        Ok(Io::Submit { .. })
+    ));
 }

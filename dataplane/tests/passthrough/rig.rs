@@ -282,6 +282,36 @@ impl Rig {
         self.perform(self.fs.write(caller, nodeid, &arg, segments)?, &pieces[0])
     }
 
+    /// Reads two pages into memory of which the second cannot be written to.
+    pub(crate) fn read_into_a_hole(&self, nodeid: u64, fh: u64) -> Result<Io, Errno> {
+        const PAGE: usize = 4096;
+        let (prot, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        );
+        // SAFETY: a new mapping, of which only the kernel touches anything.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), 2 * PAGE, prot, flags, -1, 0) };
+        assert_ne!(base, libc::MAP_FAILED);
+        let base = NonNull::new(base.cast::<u8>()).unwrap();
+        // SAFETY: the second page of the mapping.
+        let second = unsafe { base.add(PAGE) };
+        // SAFETY: as above.
+        let closed = unsafe { libc::mprotect(second.as_ptr().cast(), PAGE, libc::PROT_NONE) };
+        assert_eq!(closed, 0);
+        let pieces = [IoVec::new(base, PAGE), IoVec::new(second, PAGE)];
+        // SAFETY: what must not be written to is checked by the kernel, which is the point.
+        let segments = unsafe { Segments::new(&pieces) };
+        let arg = fuse_read_in {
+            fh,
+            size: 2 * PAGE as u32,
+            ..Default::default()
+        };
+        let done = self.fs.read(&root(), nodeid, &arg, segments);
+        // SAFETY: nothing refers to the mapping any more.
+        unsafe { libc::munmap(base.as_ptr().cast(), 2 * PAGE) };
+        done
+    }
+
     /// Performs what a method left to the core.
     pub(crate) fn perform(&self, io: Io, data: &IoVec) -> Result<u32, Errno> {
         let (op, pin) = match io {

@@ -14,8 +14,9 @@ mod table;
 
 use anyhow::ensure;
 use disk::{Backing, Disk};
+use ferry_tests::can_mount;
 use ferry_tests::{need, wait_until};
-use matrix::{Rig, can_mount};
+use matrix::Rig;
 use std::fs;
 use std::time::Duration;
 

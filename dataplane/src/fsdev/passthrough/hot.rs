@@ -91,8 +91,8 @@ impl Hot {
         match transfer(dst, |pieces, done| {
             read(file.fd(), pieces, offset.saturating_add(done), flags)
         })? {
-            Ok(count) if memory || count as usize == dst.len() => Some(Ok(count)),
-            // The end of the file, or of what the page cache has.
+            Ok(count) if count as usize == dst.len() => Some(Ok(count)),
+            // The end of the file, or of what the page cache has, or an error that the ring will meet again.
             Ok(count) => {
                 let size = sys::stat_fd(file.fd()).ok()?.stx_size;
                 (offset.saturating_add(count.into()) >= size).then_some(Ok(count))

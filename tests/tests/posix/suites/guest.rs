@@ -44,6 +44,10 @@ impl Suite for InGuests {
         .to_vec()
     }
 
+    fn must_pass_directly(&self) -> bool {
+        false
+    }
+
     fn ready(&self) -> Result<()> {
         Guest::user_mode()?;
         Pjdfstest.ready()

@@ -7,9 +7,9 @@ mod pjdfstest;
 mod programs;
 mod stress;
 
-use crate::matrix::{self, Suite, can_mount};
+use crate::matrix::{self, Suite};
 use anyhow::{Context, Result, ensure};
-use ferry_tests::need;
+use ferry_tests::{can_mount, need};
 use std::env;
 use std::path::PathBuf;
 

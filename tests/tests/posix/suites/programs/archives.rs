@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+/// No directory is from this very second, for rsync leaves a time alone that differs in its fraction only.
 const MAKE: &str = r#"
 cd "$1"
 mkdir -p dir/deep/er empty
@@ -22,7 +23,7 @@ setfattr -n user.one -v 1 dir/file-6; setfattr -n user.empty dir/file-6; setfatt
 setfattr -n trusted.two -v 0x0001ff dir/file-7; setfattr -h -n trusted.link -v y dangling
 setfacl -m u:1234:rw,g:4321:r,m:rw dir/file-8; setfacl -m u:1234:rwx -m d:u:1234:rx,d:g::- dir/deep/er
 touch -d '2001-02-03 04:05:06.123456789' dir/file-9; touch -d '1960-01-01' dir/file-10; touch -h -d '2030-01-01 00:00:00.5' link
-touch -d '2010-10-10 10:10:10.987654321' dir/deep
+touch -d '2010-10-10 10:10:10.987654321' dir/deep; touch -d '2011-11-11 11:11:11.123456789' dir dir/deep/er empty
 "#;
 
 /// Everything about each file that both rsync and tar keep: not the time of a device or socket, for example. A file is sparse when it has fewer blocks than its size needs.

@@ -1,10 +1,9 @@
 //! The data plane is killed, again and again, under a mount in use: nobody there sees more than a pause.
 
 use anyhow::{Context, Result, bail, ensure};
-use ferry_tests::{HostMount, Numbers, Service, ServiceConfig, binary, need, wait_until};
+use ferry_tests::{HostMount, Numbers, Service, binary, can_mount, need, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::statvfs::statvfs;
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -18,6 +17,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::times;
+
 /// How often the data plane is killed in each test, unless `FERRY_KILLS` says otherwise.
 const KILLS: usize = 20;
 /// How often it is handed over or stopped in each test, unless `FERRY_KILLS` says otherwise.
@@ -26,31 +27,6 @@ const HANDOVERS: usize = 10;
 const NAMES: &str = "names";
 const FILES: usize = 40;
 const LIMIT: Duration = Duration::from_secs(60);
-
-fn times(usual: usize) -> Result<usize> {
-    match std::env::var("FERRY_KILLS") {
-        Ok(times) => Ok(times.parse()?),
-        Err(_) => Ok(usual),
-    }
-}
-
-/// The process of this name that `ferry up` has started and that is not `former`.
-fn child(service: &Service, name: &str, former: Option<Pid>) -> Result<Pid> {
-    let tasks = format!("/proc/{0}/task/{0}/children", service.id());
-    let mut found = None;
-    wait_until(&format!("{name} runs"), LIMIT, || {
-        for pid in fs::read_to_string(&tasks)?.split_whitespace() {
-            let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let program = command.split('\0').next().unwrap_or_default();
-            let pid = Pid::from_raw(pid.parse()?);
-            if program.ends_with(name) && Some(pid) != former {
-                found = Some(pid);
-            }
-        }
-        Ok(found.is_some())
-    })?;
-    found.context("no process")
-}
 
 /// Something that goes on on the mount until it is told to stop.
 struct Load {
@@ -240,9 +216,7 @@ struct Rig {
 
 impl Rig {
     fn start(over: Over) -> Result<Rig> {
-        let service = Service::start_with(&ServiceConfig::default())?;
-        let export = service.dir().make_dir("export");
-        service.call(&format!("fsdev_aio_create aio0 {}", export.display()))?;
+        let (service, _) = Service::start_exporting("")?;
         let socket = match over {
             Over::VfioUser => service.start_doca_device("vfsdev0", "docatag", "aio0")?,
             Over::VhostUser => service.start_vhost_user_device("vfsdev0", "docatag", "aio0")?,
@@ -291,15 +265,15 @@ fn report(what: &str, pauses: &[Duration]) {
 
 fn survives_kills(over: Over, what: &str) -> Result<()> {
     let rig = Rig::start(over)?;
-    let mut pid = child(&rig.service, "ferry-dataplane", None)?;
+    let mut pid = rig.service.next_child("ferry-dataplane", None)?;
     let pauses = rig.disturb(times(KILLS)?, |numbers| {
         kill(pid, Signal::SIGKILL)?;
-        pid = child(&rig.service, "ferry-dataplane", Some(pid))?;
+        pid = rig.service.next_child("ferry-dataplane", Some(pid))?;
         if numbers.below(4) == 0 {
             // While it takes over.
             (0..numbers.below(2_000_000)).for_each(|_| core::hint::spin_loop());
             kill(pid, Signal::SIGKILL)?;
-            pid = child(&rig.service, "ferry-dataplane", Some(pid))?;
+            pid = rig.service.next_child("ferry-dataplane", Some(pid))?;
         }
         Ok(())
     })?;
@@ -309,25 +283,25 @@ fn survives_kills(over: Over, what: &str) -> Result<()> {
 
 #[test]
 fn a_mount_over_vhost_user_survives_kills_of_the_data_plane() {
-    need!(binary("ferry-dataplane"));
+    need!(can_mount());
     survives_kills(Over::VhostUser, "vhost-user").unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 #[test]
 fn a_mount_over_vfio_user_survives_kills_of_the_data_plane() {
-    need!(binary("ferry-dataplane"));
+    need!(can_mount());
     survives_kills(Over::VfioUser, "vfio-user").unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 #[test]
 fn a_mount_survives_kills_of_both_processes_together() {
-    need!(binary("ferry-dataplane"));
+    need!(can_mount());
     let run = || -> Result<()> {
         let rig = Rig::start(Over::VhostUser)?;
         let mut pids = ["ferry-dataplane", "ferry-controlplane"].map(|name| (name, None));
         let pauses = rig.disturb(times(KILLS)?, |_| {
             for (name, former) in &mut pids {
-                *former = Some(child(&rig.service, name, *former)?);
+                *former = Some(rig.service.next_child(name, *former)?);
             }
             for (_, pid) in &pids {
                 kill(pid.context("no process")?, Signal::SIGKILL)?;
@@ -354,10 +328,10 @@ fn upgrade(service: &Service, to: &Path) -> Result<(bool, String)> {
 
 #[test]
 fn a_mount_survives_upgrades_and_refused_ones_change_nothing() {
-    need!(binary("ferry-dataplane"));
+    need!(can_mount());
     let run = || -> Result<()> {
         let rig = Rig::start(Over::VfioUser)?;
-        let mut pid = child(&rig.service, "ferry-dataplane", None)?;
+        let mut pid = rig.service.next_child("ferry-dataplane", None)?;
         // Two builds that are the same but for their place.
         let builds = ["one", "other"].map(|name| rig.service.dir().make_dir(name));
         for build in &builds {
@@ -374,13 +348,13 @@ fn a_mount_survives_upgrades_and_refused_ones_change_nothing() {
             let (done, said) = upgrade(&rig.service, &older)?;
             ensure!(!done && said.contains("this version is too old"), "{said}");
             ensure!(
-                child(&rig.service, "ferry-dataplane", None)? == pid,
+                rig.service.next_child("ferry-dataplane", None)? == pid,
                 "it was replaced"
             );
             turn = 1 - turn;
             let (done, said) = upgrade(&rig.service, &builds[turn])?;
             ensure!(done && said.contains("paused for"), "{said}");
-            pid = child(&rig.service, "ferry-dataplane", Some(pid))?;
+            pid = rig.service.next_child("ferry-dataplane", Some(pid))?;
             Ok(())
         })?;
         report("upgrades", &pauses);
@@ -416,7 +390,7 @@ fn survives_stops(over: Over, what: &str) -> Result<()> {
 
 #[test]
 fn a_mount_survives_stops_and_starts_of_its_device() {
-    need!(binary("ferry-dataplane"));
+    need!(can_mount());
     for (over, what) in [
         (Over::VhostUser, "stops, vhost-user"),
         (Over::VfioUser, "stops, vfio-user"),

@@ -1,7 +1,7 @@
 //! The data plane is killed under a mounted file system: what the host's kernel knows stays valid, and nothing fails.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Service, binary, need, wait_until};
+use ferry_tests::{Service, can_mount, need};
 use nix::libc;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -10,9 +10,12 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-const LIMIT: Duration = Duration::from_secs(120);
+use crate::times;
+
+/// How often the data plane is killed in each test, unless `FERRY_KILLS` says otherwise.
+const KILLS: usize = 10;
 
 type StartDevice = fn(&Service) -> Result<PathBuf>;
 
@@ -24,33 +27,11 @@ fn vhost_user(service: &Service) -> Result<PathBuf> {
     service.start_vhost_user_device("vfsdev0", "crashes", "aio0")
 }
 
-fn can_run() -> Result<()> {
-    ensure!(nix::unistd::geteuid().is_root(), "mounting needs root");
-    ensure!(
-        Path::new("/dev/fuse").exists(),
-        "this machine has no /dev/fuse"
-    );
-    binary("ferry").map(drop)
-}
-
-fn service() -> Result<(Service, PathBuf)> {
-    let service = Service::start()?;
-    let export = service.dir().make_dir("export");
-    service.call(&format!(
-        "fsdev_aio_create aio0 {} --enable-xattr",
-        export.display()
-    ))?;
-    Ok((service, export))
-}
-
 /// Kills the data plane, and waits for the next one.
 fn kill_data_plane(service: &Service) -> Result<Pid> {
     let old = service.child("ferry-dataplane")?;
     kill(old, Signal::SIGKILL).context("kill the data plane")?;
-    wait_until("there is another data plane", LIMIT, || {
-        Ok(service.child("ferry-dataplane").is_ok_and(|new| new != old))
-    })?;
-    service.child("ferry-dataplane")
+    service.next_child("ferry-dataplane", Some(old))
 }
 
 fn open(path: &Path) -> Result<File> {
@@ -80,7 +61,7 @@ fn locks_conflict(path: &Path, kind: libc::c_int) -> Result<bool> {
 
 /// Everything that a process can hold of a file system is still there after a kill.
 fn what_is_held_survives(start: StartDevice) -> Result<()> {
-    let (mut service, export) = service()?;
+    let (mut service, export) = Service::start_exporting("--enable-xattr")?;
     let socket = start(&service)?;
     let mount = service.mount(&socket)?;
     let top = mount.path().to_owned();
@@ -160,13 +141,13 @@ fn what_is_held_survives(start: StartDevice) -> Result<()> {
 
 #[test]
 fn what_is_held_survives_kills_of_the_data_plane_on_a_doca_function() {
-    need!(can_run());
+    need!(can_mount());
     what_is_held_survives(doca).unwrap();
 }
 
 #[test]
 fn what_is_held_survives_kills_of_the_data_plane_on_a_vhost_user_device() {
-    need!(can_run());
+    need!(can_mount());
     what_is_held_survives(vhost_user).unwrap();
 }
 
@@ -231,8 +212,8 @@ fn append(top: &Path, stop: &AtomicBool) -> Result<u64> {
     Ok(written)
 }
 
-fn under_load(start: StartDevice, kills: u32) -> Result<()> {
-    let (mut service, _) = service()?;
+fn under_load(start: StartDevice, kills: usize) -> Result<()> {
+    let (mut service, _) = Service::start_exporting("--enable-xattr")?;
     let socket = start(&service)?;
     let mount = service.mount(&socket)?;
     let top = mount.path().to_owned();
@@ -278,20 +259,14 @@ fn under_load(start: StartDevice, kills: u32) -> Result<()> {
     service.stop()
 }
 
-/// How often the data plane is killed: `FERRY_KILLS`, or a few times, for the supervisor takes its time after many.
-fn kills() -> u32 {
-    let given = std::env::var("FERRY_KILLS").ok();
-    given.and_then(|n| n.parse().ok()).unwrap_or(10)
-}
-
 #[test]
 fn kills_under_load_lose_and_double_nothing_on_a_doca_function() {
-    need!(can_run());
-    under_load(doca, kills()).unwrap();
+    need!(can_mount());
+    under_load(doca, times(KILLS).unwrap()).unwrap();
 }
 
 #[test]
 fn kills_under_load_lose_and_double_nothing_on_a_vhost_user_device() {
-    need!(can_run());
-    under_load(vhost_user, kills()).unwrap();
+    need!(can_mount());
+    under_load(vhost_user, times(KILLS).unwrap()).unwrap();
 }
