@@ -238,7 +238,7 @@ fn seconds(ns: u64) -> f64 {
 }
 
 fn cores(text: &mut Text, reader: &Reader<'_>) {
-    let times = [
+    let counters = [
         (
             "ferry_core_busy_seconds_total",
             CoreCounter::Busy,
@@ -249,15 +249,6 @@ fn cores(text: &mut Text, reader: &Reader<'_>) {
             CoreCounter::Idle,
             "Time without work",
         ),
-    ];
-    for (name, counter, help) in times {
-        text.head(name, "counter", help);
-        for core in 0..reader.cores() {
-            let labels = format!("{{core=\"{core}\"}}");
-            text.sample(name, &labels, seconds(reader.core(core, counter)));
-        }
-    }
-    let counts = [
         (
             "ferry_core_requests_total",
             CoreCounter::Requests,
@@ -279,11 +270,17 @@ fn cores(text: &mut Text, reader: &Reader<'_>) {
             "Times that a request waited for data buffers",
         ),
     ];
-    for (name, counter, help) in counts {
+    for (name, counter, help) in counters {
         text.head(name, "counter", help);
         for core in 0..reader.cores() {
             let labels = format!("{{core=\"{core}\"}}");
-            text.sample(name, &labels, reader.core(core, counter));
+            let value = reader.core(core, counter);
+            match counter {
+                CoreCounter::Busy | CoreCounter::Idle => {
+                    text.sample(name, &labels, seconds(value));
+                }
+                _ => text.sample(name, &labels, value),
+            }
         }
     }
 }

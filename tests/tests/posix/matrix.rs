@@ -65,6 +65,16 @@ impl Export {
             .collect()
     }
 
+    /// These: file system, cache, and whether with write-back.
+    pub(crate) fn list(exports: &[(Backing, &'static str, bool)]) -> Vec<Self> {
+        let of = |&(backing, cache, writeback)| Self {
+            backing,
+            cache,
+            writeback,
+        };
+        exports.iter().map(of).collect()
+    }
+
     fn parameters(self) -> String {
         let writeback = if self.writeback {
             " --enable-writeback-cache"

@@ -5,10 +5,10 @@ use proptest::proptest;
 
 use super::*;
 use crate::model::Step;
-use crate::model::tests::apply;
 use crate::model::tests::done;
-use crate::model::tests::op;
 use crate::model::tests::platform;
+use crate::model::tests::random::apply;
+use crate::model::tests::random::op;
 use crate::model::tests::running;
 use crate::model::tests::started;
 use crate::model::tests::stopped;

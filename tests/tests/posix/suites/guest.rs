@@ -32,16 +32,10 @@ impl Suite for InGuests {
     }
 
     fn exports(&self) -> Vec<Export> {
-        [
+        Export::list(&[
             (Backing::Ext4, "always", true),
             (Backing::Tmpfs, "never", false),
-        ]
-        .map(|(backing, cache, writeback)| Export {
-            backing,
-            cache,
-            writeback,
-        })
-        .to_vec()
+        ])
     }
 
     fn must_pass_directly(&self) -> bool {

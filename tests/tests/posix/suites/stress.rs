@@ -51,17 +51,11 @@ impl Suite for Stress {
     }
 
     fn exports(&self) -> Vec<Export> {
-        [
+        Export::list(&[
             (Backing::Ext4, "auto", false),
             (Backing::Ext4, "always", true),
             (Backing::Tmpfs, "never", false),
-        ]
-        .map(|(backing, cache, writeback)| Export {
-            backing,
-            cache,
-            writeback,
-        })
-        .to_vec()
+        ])
     }
 
     fn must_pass_directly(&self) -> bool {
