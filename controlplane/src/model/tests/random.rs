@@ -132,7 +132,11 @@ pub(in crate::model) fn apply(model: &mut Model, op: Op) -> Result<(), Failure> 
 }
 
 fn check_invariants(model: &Model) {
-    let queues: u32 = model.devices().iter().map(crate::model::Device::queues).sum();
+    let queues: u32 = model
+        .devices()
+        .iter()
+        .map(crate::model::Device::queues)
+        .sum();
     assert!(queues <= 2_000);
     let mut occupied = Vec::new();
     for device in model.devices() {
