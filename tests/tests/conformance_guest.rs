@@ -71,7 +71,7 @@ fn a_function_is_what_lspci_expects_in_a_linux_guest() {
     for line in [
         "1af4:105a",
         "64-bit, prefetchable",
-        "Express (v2) Endpoint",
+        "Express (v2)",
         "FLReset+",
         "Power Management version 3",
         "MSI-X: Enable+ Count=10 Masked-",

@@ -100,7 +100,7 @@ impl Rig {
         let manager = format!("mlx5_{}", at.context("no function has so many vectors")?);
         let managers = self.service.call("virtio_fs_doca_get_functions")?;
         let managers = managers.as_array().context("no list of managers")?;
-        let ours = managers.iter().find(|m| m["name"] == manager);
+        let ours = managers.iter().find(|m| m["manager"] == manager);
         let ours = ours.with_context(|| format!("no {manager} in {managers:?}"))?;
         let vuid = ours["Function List"][0]["vuid"].as_str();
         Ok((manager, vuid.context("no function")?.to_owned()))
