@@ -41,6 +41,23 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The process of one of the programs of a supervisor, `ferry up`, as it runs now.
+///
+/// # Errors
+/// When it does not run.
+pub fn child_of(supervisor: u32, name: &str) -> Result<Pid> {
+    let children = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))
+        .context("list the supervisor's children")?;
+    for child in children.split_whitespace() {
+        // One that has ended meanwhile is not the one.
+        let program = fs::read_link(format!("/proc/{child}/exe")).unwrap_or_default();
+        if program.file_name().is_some_and(|file| file == name) {
+            return Ok(Pid::from_raw(child.parse()?));
+        }
+    }
+    bail!("{name} does not run")
+}
+
 /// A directory in which the unprivileged control plane may create its socket.
 fn open_directory(dir: &TempDir) -> Result<PathBuf> {
     let path = dir.make_dir("rpc");
@@ -246,17 +263,7 @@ impl Service {
     /// # Errors
     /// When it does not run.
     pub fn child(&self, name: &str) -> Result<Pid> {
-        let id = self.id();
-        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children"))
-            .context("list the supervisor's children")?;
-        for child in children.split_whitespace() {
-            // One that has ended meanwhile is not the one.
-            let program = fs::read_link(format!("/proc/{child}/exe")).unwrap_or_default();
-            if program.file_name().is_some_and(|file| file == name) {
-                return Ok(Pid::from_raw(child.parse()?));
-            }
-        }
-        bail!("{name} does not run")
+        child_of(self.id(), name)
     }
 
     /// Waits until a process of this name runs below the supervisor that is not `former`.
