@@ -17,7 +17,7 @@
 #include <sys/mman.h>
 #include <sys/statfs.h>
 
-enum { HELD = 65536, BLOCK = 4096, BLOCKS = 64, LISTED = 300 };
+enum { HELD = 65536, BLOCK = 4096, BLOCKS = 64, LISTED = 100 };
 
 /* Set when the others are to come to an end. */
 static volatile sig_atomic_t *stopped;

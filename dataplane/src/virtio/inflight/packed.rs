@@ -18,11 +18,11 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{Ordering, compiler_fence};
 
-use zerocopy::IntoBytes;
-
 use super::super::area::Area;
-use super::super::spec::{DESC_SIZE, PackedDesc};
+use super::super::spec::PackedDesc;
 use crate::mem::{Fault, GuestMap, Iova};
+#[cfg(test)]
+use crate::sim::fate::{self, Bug};
 
 /// Byte offsets of the header's fields.
 const VERSION: usize = 8;
@@ -40,7 +40,10 @@ const NEXT: usize = 2;
 const LAST: usize = 4;
 const COUNT: usize = 6;
 const ORDER: usize = 8;
-const DESC: usize = 16;
+const ID: usize = 16;
+const FLAGS: usize = 18;
+const LEN: usize = 20;
+const ADDR: usize = 24;
 const ENTRY: usize = 32;
 
 /// Bytes that the record of one queue takes; each begins on a cache line.
@@ -201,24 +204,34 @@ impl PackedInflight {
 
     /// The ring descriptors of a request, with their entries.
     pub(in super::super) fn entries(&self, head: u16) -> impl Iterator<Item = (u16, PackedDesc)> {
-        let mut left = self
-            .get16(Self::at(head, COUNT))
-            .min(self.size)
-            .max(1);
+        let mut left = self.get16(Self::at(head, COUNT)).min(self.size).max(1);
         let mut next = Some(head).filter(|&head| head < self.size);
         core::iter::from_fn(move || {
             let entry = next.filter(|_| left > 0)?;
             left = left.saturating_sub(1);
             next = Some(self.get16(Self::at(entry, NEXT))).filter(|&next| next < self.size);
-            let bytes: [u8; DESC_SIZE] = self.area.read(Self::at(entry, DESC));
-            Some((entry, zerocopy::transmute!(bytes)))
+            Some((entry, self.desc(entry)))
         })
+    }
+
+    fn desc(&self, entry: u16) -> PackedDesc {
+        PackedDesc {
+            addr: u64::from_ne_bytes(self.area.read(Self::at(entry, ADDR))).into(),
+            len: u32::from_ne_bytes(self.area.read(Self::at(entry, LEN))).into(),
+            id: self.get16(Self::at(entry, ID)).into(),
+            flags: self.get16(Self::at(entry, FLAGS)).into(),
+        }
     }
 
     /// A ring descriptor was read; it belongs to the request that is being taken.
     pub(in super::super) fn took(&mut self, desc: &PackedDesc) {
         if let Some(entry) = self.free.pop() {
-            self.area.write(Self::at(entry, DESC), desc.as_bytes());
+            self.put16(Self::at(entry, ID), desc.id.get());
+            self.put16(Self::at(entry, FLAGS), desc.flags.get());
+            self.area
+                .write(Self::at(entry, LEN), &desc.len.get().to_ne_bytes());
+            self.area
+                .write(Self::at(entry, ADDR), &desc.addr.get().to_ne_bytes());
             self.taken.push(entry);
         }
     }
@@ -240,6 +253,10 @@ impl PackedInflight {
             .write(Self::at(head, ORDER), &self.order.to_ne_bytes());
         self.taken.clear();
         compiler_fence(Ordering::SeqCst);
+        #[cfg(test)]
+        if fate::has_rarely(Bug::EntrySkipped) {
+            return head;
+        }
         self.set_in_flight(head, true);
         compiler_fence(Ordering::SeqCst);
         head
@@ -250,13 +267,19 @@ impl PackedInflight {
         if head >= self.size || self.batch.len() >= usize::from(self.size) {
             return;
         }
-        let last = self.get16(Self::at(head, LAST)).min(self.size.saturating_sub(1));
+        let last = self
+            .get16(Self::at(head, LAST))
+            .min(self.size.saturating_sub(1));
         self.put16(Self::at(last, NEXT), self.get16(BATCH));
         compiler_fence(Ordering::SeqCst);
         self.put16(BATCH, head);
         self.put16(USED, used);
         compiler_fence(Ordering::SeqCst);
         self.batch.push(head);
+        #[cfg(test)]
+        if fate::has(Bug::ClearedEarly) {
+            self.set_in_flight(head, false);
+        }
     }
 
     /// The driver has been shown the used descriptors up to `used`.
