@@ -25,7 +25,7 @@ struct check {
 };
 
 extern const struct check name_checks[], data_checks[], attr_checks[], lock_checks[], dir_checks[], space_checks[];
-extern const struct check privilege_checks[], generic_checks[];
+extern const struct check privilege_checks[], generic_checks[], answer_checks[];
 
 /* One side of the two-client script: a side and a directory. */
 int pair(char **arguments, int count);

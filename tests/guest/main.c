@@ -19,7 +19,7 @@
 enum { SKIPPED = 77, SECONDS_PER_CHECK = 600 };
 
 static const struct check *const groups[] = { name_checks, data_checks, space_checks, attr_checks, lock_checks, dir_checks,
-	privilege_checks, generic_checks };
+	privilege_checks, generic_checks, answer_checks };
 
 static void say(const char *format, va_list args)
 {
@@ -206,6 +206,7 @@ int main(int argc, char **argv)
 		return endure(argv + 2, argc - 2), 0;
 	if (argc == 2 && !strcmp(argv[1], "wait"))
 		return getchar() != EOF;
+	setvbuf(stdout, NULL, _IOLBF, 0); /* children say things too */
 	bool list = argc == 2 && !strcmp(argv[1], "list");
 	if (!list && !(argc == 4 && !strcmp(argv[1], "run"))) {
 		fprintf(stderr, "usage: checks list | checks run NAME DIR | checks pair 0|1 DIR [local] | checks hello\n");

@@ -16,7 +16,7 @@ mod rigs;
 mod service;
 mod temp;
 
-pub use guest::{Device, Guest, Kernel, Outcome, RunningGuest};
+pub use guest::{Console, Device, Guest, Kernel, Outcome, RunningGuest};
 pub use numbers::Numbers;
 pub use process::{Process, wait_until};
 pub use rigs::{Rigs, build_checks};

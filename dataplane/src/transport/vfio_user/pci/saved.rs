@@ -21,6 +21,7 @@ pub(crate) struct FunctionV1 {
     config: Vec<u8>,
     registers: Registers,
     msix_table: Vec<u8>,
+    table_used: bool,
     irqs: InterruptsV1,
     /// Those that the client has.
     kicks: Vec<Option<u64>>,
@@ -37,6 +38,7 @@ impl PciFunction {
             config,
             registers,
             msix_table,
+            table_used,
             irqs,
             queues: _,
             kicks,
@@ -53,6 +55,7 @@ impl PciFunction {
             config: config.saved(),
             registers: registers.clone(),
             msix_table: msix_table.clone(),
+            table_used: *table_used,
             irqs: irqs.saved(),
             kicks: kicks.iter().map(|kick| kick.number()).collect(),
             queue_resets: queue_resets.clone(),
@@ -85,9 +88,14 @@ impl PciFunction {
         self.requests = requests.flatten();
         self.registers = saved.registers;
         self.msix_table = saved.msix_table;
+        self.table_used = saved.table_used;
         self.queue_resets = saved.queue_resets;
         self.resetting = saved.resetting;
-        self.config.restore(&saved.config) && self.irqs.restore(saved.irqs)
+        if !self.config.restore(&saved.config) || !self.irqs.restore(saved.irqs) {
+            return false;
+        }
+        self.update_masks();
+        true
     }
 
     /// Starts what ran in a former process, and ends what it had not ended.
@@ -95,6 +103,7 @@ impl PciFunction {
         self.map = Arc::clone(&map);
         // Nothing runs yet, so that this is done at once.
         self.queues.set_memory(map, cores);
+        self.queues.hold(!self.config.may_master(), cores);
         if self.resetting {
             return self.reset_device(cores);
         }
