@@ -39,7 +39,8 @@ fn script(kind: Kind, seed: usize) -> String {
          packed=$(cut -c35 /sys/bus/virtio/drivers/virtiofs/virtio*/features)
          [ $packed = {packed} ] || {{ echo packed rings: $packed; exit 1; }}
          mkdir /mnt/work /mnt/fsx || exit 1
-         (n={seed}; while [ ! -e /mnt/stop ]; do
+         (n={seed}; until [ -e /mnt/work/progress -o -e /mnt/stop ]; do usleep 100000; done
+          while [ ! -e /mnt/stop ]; do
               n=$((n + 1)); /bin/fsx -N 300 -S $n -f /fsx.toml -P /tmp /mnt/fsx/file > /tmp/fsx.log 2>&1 || {{
                   echo fsx with seed $n; tail -n 50 /tmp/fsx.log; exit 1; }}
           done; echo fsx: $((n - {seed})) seeds) & fsx=$!
@@ -97,6 +98,17 @@ impl Rig {
             Ok(self.answers()? >= wanted)
         });
         waited.with_context(|| format!("the guest's console:\n{}", self.guest.console()))
+    }
+
+    /// Kills the data plane when the machine has connected and its driver may not have begun.
+    fn kill_while_it_boots(&self) -> Result<()> {
+        wait_until("the machine has connected", BOOT_LIMIT, || {
+            let devices = self.service.call("virtio_fs_get_devices")?;
+            Ok(devices[0]["connected"] == true)
+        })?;
+        let old = self.service.child("ferry-dataplane")?;
+        kill(old, Signal::SIGKILL).context("kill the data plane")?;
+        self.next_data_plane(old).map(drop)
     }
 
     /// Kills the data plane somewhere in its work, and gives the time until the guest's next request was done.
@@ -174,6 +186,7 @@ fn endures(guest: Guest, kind: Kind, seed: usize) -> Result<()> {
     let mut rig = Rig::start(guest, kind, seed)?;
     let mut pauses = Vec::new();
     let killed = (|| -> Result<()> {
+        rig.kill_while_it_boots()?;
         rig.guest.wait_for("READY", BOOT_LIMIT)?;
         let ready = wait_until("the guest works", BOOT_LIMIT, || {
             ensure!(
