@@ -299,13 +299,27 @@ impl Service {
     /// # Errors
     /// When a step is refused.
     pub fn start_doca_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.start_doca_device_with(name, tag, fsdev, "")
+    }
+
+    /// As [`Service::start_doca_device`], with more options of `virtio_fs_device_create`.
+    ///
+    /// # Errors
+    /// When a step is refused.
+    pub fn start_doca_device_with(
+        &self,
+        name: &str,
+        tag: &str,
+        fsdev: &str,
+        options: &str,
+    ) -> Result<PathBuf> {
         self.call("virtio_fs_transport_create -t DOCA")?;
         self.call("virtio_fs_doca_manager_create -m mlx5_0")?;
         self.call("virtio_fs_transport_start -t DOCA")?;
         let (vuid, socket) = self.first_function()?;
         self.call(&format!(
             "virtio_fs_device_create --transport-name DOCA --dev-name {name} --tag {tag} --fsdev {fsdev} \
-             --num-request-queues 8 --queue-size 256 --driver-platform x86_64"
+             --num-request-queues 8 --queue-size 256 --driver-platform x86_64 {options}"
         ))?;
         self.call(&format!(
             "virtio_fs_doca_device_modify --dev-name {name} --manager mlx5_0 --vuid {vuid}"
@@ -319,9 +333,23 @@ impl Service {
     /// # Errors
     /// When a step is refused.
     pub fn start_vhost_user_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.start_vhost_user_device_with(name, tag, fsdev, "")
+    }
+
+    /// As [`Service::start_vhost_user_device`], with more options of `virtio_fs_device_create`.
+    ///
+    /// # Errors
+    /// When a step is refused.
+    pub fn start_vhost_user_device_with(
+        &self,
+        name: &str,
+        tag: &str,
+        fsdev: &str,
+        options: &str,
+    ) -> Result<PathBuf> {
         self.call("virtio_fs_transport_create -t VHOST_USER")?;
         self.call("virtio_fs_transport_start -t VHOST_USER")?;
-        self.add_vhost_user_device(name, tag, fsdev)
+        self.add_vhost_user_device_with(name, tag, fsdev, options)
     }
 
     /// Brings up one more vhost-user device and gives its socket.
@@ -329,9 +357,19 @@ impl Service {
     /// # Errors
     /// When a step is refused.
     pub fn add_vhost_user_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.add_vhost_user_device_with(name, tag, fsdev, "")
+    }
+
+    fn add_vhost_user_device_with(
+        &self,
+        name: &str,
+        tag: &str,
+        fsdev: &str,
+        options: &str,
+    ) -> Result<PathBuf> {
         self.call(&format!(
             "virtio_fs_device_create --transport-name VHOST_USER --dev-name {name} --tag {tag} --fsdev {fsdev} \
-             --num-request-queues 2 --queue-size 256"
+             --num-request-queues 2 --queue-size 256 {options}"
         ))?;
         self.call(&format!("virtio_fs_device_start --dev-name {name}"))?;
         Ok(self.run_dir().join("vhost").join(format!("{name}.sock")))
