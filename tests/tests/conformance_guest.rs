@@ -134,20 +134,24 @@ fn a_guest_that_reboots_finds_its_function_again_in_a_linux_guest() {
     assert!(outcome.output.contains("boot 4"), "{}", outcome.output);
 }
 
+/// The guest's driver cannot give back requests that went down with the function, and waits for them for ever; the function
+/// itself is as new for the kernel that comes next.
 #[test]
-fn a_reset_during_work_leaves_a_function_that_works_again_in_a_linux_guest() {
+fn a_function_that_was_reset_during_work_works_for_the_next_kernel_in_a_linux_guest() {
     need!(binary("ferry"));
-    let guest = need!(Guest::qemu(Kernel::Forky));
+    let guest = need!(Guest::qemu(Kernel::Forky)).reboots();
     let script = "
         mount -t virtiofs docatag /mnt || fail mount
-        (while dd if=/dev/zero of=/mnt/busy bs=4k count=256 conv=fsync; do :; done) 2>/dev/null &
-        until [ -s /mnt/busy ]; do :; done
-        echo 1 > $function/reset; echo reset: $?
-        for c in /sys/fs/fuse/connections/*/abort; do echo 1 > $c; done
-        umount -l /mnt
-        echo unbinding; unbind; echo unbound; bind
-        work\n";
-    run(guest, script).unwrap();
+        boot=$(cat /mnt/boots 2>/dev/null); boot=$((boot + 1)); echo $boot > /mnt/boots; sync
+        if [ $boot -lt 4 ]; then
+            (while :; do dd if=/dev/zero of=/mnt/busy$boot bs=4k count=256 conv=fsync; done) 2>/dev/null &
+            until [ -s /mnt/busy$boot ]; do :; done
+            echo 1 > $function/reset || fail reset
+            echo b > /proc/sysrq-trigger
+        fi
+        umount /mnt; work; echo boot $boot\n";
+    let outcome = run(guest, script).unwrap();
+    assert!(outcome.output.contains("boot 4"), "{}", outcome.output);
 }
 
 /// Sends QEMU commands, and waits for the answer to each.
