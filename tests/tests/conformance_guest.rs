@@ -187,8 +187,7 @@ fn memory_that_is_added_during_work_is_used_for_it_in_a_linux_guest() {
     let script = "
         echo online > /sys/devices/system/memory/auto_online_blocks
         mount -t virtiofs docatag /mnt || fail mount
-        (while dd if=/dev/zero of=/mnt/busy bs=64k count=64 conv=fsync; do :; done) 2>/dev/null &
-        busy=$!
+        (until [ -e /stop ]; do dd if=/dev/zero of=/mnt/busy bs=64k count=64 conv=fsync; done) 2>/dev/null &
         total() { sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; }
         before=$(total)
         echo READY
@@ -199,7 +198,7 @@ fn memory_that_is_added_during_work_is_used_for_it_in_a_linux_guest() {
         cp /big/data /mnt/data || fail write
         echo 3 > /proc/sys/vm/drop_caches
         cmp /big/data /mnt/data || fail compare
-        kill $busy; wait; umount /mnt || fail umount
+        touch /stop; wait; umount /mnt || fail umount
         echo DONE\n";
     let run = || -> Result<Outcome> {
         let mut guest = guest
