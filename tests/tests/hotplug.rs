@@ -21,7 +21,7 @@ fn cycles() -> u32 {
 }
 
 /// What every guest script begins with. `lspci` is what its namesake prints with `-n`; `there` tells whether there is a
-/// virtio-fs function; `settle yes` waits until the driver has it, too.
+/// virtio-fs function; `settle yes` waits until it can be mounted, which is a little after the driver has begun with it.
 const PRELUDE: &str = "
 lspci() {
     for f in /sys/bus/pci/devices/*; do
@@ -30,7 +30,7 @@ lspci() {
     done 2>/dev/null
 }
 there() { lspci | grep -q '1af4:105a'; }
-bound() { set -- /sys/bus/virtio/drivers/virtiofs/virtio*; [ -e \"$1\" ]; }
+bound() { set -- /sys/fs/virtiofs/*/tag; [ -e \"$1\" ]; }
 settle() { [ $1 = no ] || until bound; do usleep 20000; done; until [ \"$(there && echo yes || echo no)\" = \"$1\" ]; do usleep 20000; done; }
 ";
 

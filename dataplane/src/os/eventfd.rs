@@ -101,6 +101,11 @@ impl EventFd {
         }
     }
 
+    /// Forgets a signal that waits for the end of a mask.
+    pub fn forget_pending(&self) {
+        self.gate.fetch_and(!PENDING, Ordering::AcqRel);
+    }
+
     /// Whether a signal waits for the end of a mask.
     pub fn is_pending(&self) -> bool {
         self.gate.load(Ordering::Acquire) & PENDING != 0

@@ -2,6 +2,10 @@
 //!
 //! Free of any transport: vhost-user and vfio-user translate their messages and register accesses into the calls here, and
 //! do what the answers say. Every number in here except what [`DeviceModel::new`] gets comes from a guest or its VMM.
+//!
+//! `VIRTIO_F_IN_ORDER` is not offered: a lock that waits would hold back every answer behind it, also the one whose receiver
+//! is to release the lock. The configuration space never changes while a driver has the device, so its generation does not
+//! either.
 
 use alloc::boxed::Box;
 use alloc::vec;

@@ -135,7 +135,7 @@ impl Device {
                 "it is a legacy device, without VIRTIO_F_VERSION_1".into(),
             ));
         }
-        if device.max_request_queues() == 0 {
+        if device.request_queues(true) == 0 {
             return Err(DriverError::Unusable(
                 "it has fewer than two virtqueues".into(),
             ));
@@ -203,7 +203,10 @@ impl Device {
         let max = self.request_queues(setup.vectors.is_some());
         if setup.request_queues == 0 || setup.request_queues > max {
             return Err(DriverError::TooMany {
-                what: "request queues",
+                what: match setup.vectors {
+                    Some(_) => "request queues",
+                    None => "request queues with interrupts of their own",
+                },
                 has: u32::from(max),
                 wanted: u32::from(setup.request_queues),
             });

@@ -132,7 +132,7 @@ impl Bridge {
         let setup = Setup {
             request_queues: match args.queues {
                 Some(queues) => queues,
-                None => has.min(u16::try_from(cpus).unwrap_or(u16::MAX)),
+                None => has.min(u16::try_from(cpus).unwrap_or(u16::MAX)).max(1),
             },
             queue_size: args.queue_size,
             ..Setup::default()

@@ -208,6 +208,12 @@ impl Interrupts {
         }
     }
 
+    /// Forgets interrupts that wait for the end of a mask: the function has been reset.
+    pub(crate) fn forget_pending(&self) {
+        let events = self.vectors.iter().filter_map(|v| v.event.as_ref());
+        events.for_each(|event| event.forget_pending());
+    }
+
     /// The pending bits, as they are behind the table: a vector that has an interrupt to deliver and is masked.
     pub(crate) fn pending(&self) -> [u8; 8] {
         let set = self.vectors.iter().enumerate().filter(|v| v.1.is_pending());

@@ -564,6 +564,7 @@ impl PciFunction {
         self.registers = Registers::new(self.kicks.len());
         self.queue_resets.fill(false);
         self.resetting = false;
+        self.irqs.forget_pending();
         self.queues.set_memory(Arc::clone(&self.map), cores);
         self.update_pin();
     }

@@ -308,7 +308,8 @@ impl Served {
     }
 
     /// The counters that a client may signal itself instead of writing to notification addresses; only as many as it takes in
-    /// one message.
+    /// one message. They are what makes notifications cheap: a mapped notification area would wake no core that sleeps, and
+    /// one that polls wants no notifications.
     fn region_io_fds(&self, payload: &[u8], max_fds: usize) -> Result<Reply, Errno> {
         let (asked, _) = take::<RegionIoFds>(payload)?;
         check_room::<RegionIoFds>(asked.argsz)?;

@@ -314,12 +314,16 @@ fn a_function_in_d3_answers_in_its_configuration_space_only_and_goes_on_in_d0() 
 #[test]
 fn a_reset_drops_what_a_stopping_queue_waits_for() {
     let (mut rig, _events) = Rig::running();
+    let call = rig.cores.started[1].call.clone().unwrap();
     rig.write(region::CONFIG, 4, &[0x02]);
     assert_eq!(rig.cores.take(), STOPS);
+    call.signal();
+    assert_eq!(rig.read::<1>(region::BAR2, 0x800), [2]);
     let [cap] = rig.read(region::CONFIG, 0x34);
     rig.write(region::CONFIG, u64::from(cap) + 8, &[0x10, 0xa8]);
     assert_eq!(rig.cores.take(), RESETS);
     rig.all_stopped();
+    assert_eq!(rig.read::<1>(region::BAR2, 0x800), [0]);
     rig.write(region::CONFIG, 4, &[0x06]);
     assert_eq!(rig.status(), 0);
 }
