@@ -18,7 +18,7 @@
 enum { SKIPPED = 77, SECONDS_PER_CHECK = 600 };
 
 static const struct check *const groups[] = { name_checks, data_checks, space_checks, attr_checks, lock_checks, dir_checks,
-	privilege_checks, generic_checks, answer_checks };
+	privilege_checks, generic_checks, answer_checks, right_checks, io_checks, mount_checks };
 
 static void say(const char *format, va_list args)
 {
@@ -164,6 +164,16 @@ static int remove_entry(const char *path, const struct stat *st, int type, struc
 {
 	(void)st, (void)type, (void)ftw;
 	return remove(path);
+}
+
+static int remove_entry_below(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+	return ftw->level == 0 ? 0 : remove_entry(path, st, type, ftw);
+}
+
+void remove_all(void)
+{
+	nftw(".", remove_entry_below, 16, FTW_DEPTH | FTW_PHYS);
 }
 
 static int run(const struct check *check, const char *dir)

@@ -571,8 +571,13 @@ impl FsDev for Passthrough {
         self.do_getxattr(caller, nodeid, name, out)
     }
 
-    fn listxattr(&self, _: &Caller<'_>, nodeid: u64, out: &mut [u8]) -> Result<usize, Errno> {
-        self.do_listxattr(nodeid, out)
+    fn listxattr(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        out: &mut [u8],
+    ) -> Result<usize, Errno> {
+        self.do_listxattr(caller, nodeid, out)
     }
 
     fn removexattr(&self, caller: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {
