@@ -96,10 +96,10 @@ static void through_io_uring(void)
 	unsigned char *out = aligned_alloc(PAGE, MIB), *in = aligned_alloc(PAGE, MIB);
 	set_up_ring();
 	fill(out, MIB, 0, 11);
-	static const int flags[] = { O_RDWR | O_CREAT, O_RDWR | O_DIRECT, O_RDWR | O_APPEND };
-	for (int i = 0; i < 3; i++) {
+	static const int flags[] = { O_RDWR | O_CREAT, O_RDWR | O_DIRECT };
+	for (int i = 0; i < 2; i++) {
 		int fd = OK(open("f", flags[i], 0644));
-		off_t offset = i == 2 ? 3 * MIB : i * MIB;
+		off_t offset = i * MIB;
 		OK(ftruncate(fd, offset));
 		EQUAL(submit((struct io_uring_sqe){ .opcode = IORING_OP_WRITE, .fd = fd, .addr = (uintptr_t)out, .len = MIB, .off = offset }), MIB);
 		EQUAL(submit((struct io_uring_sqe){ .opcode = IORING_OP_FSYNC, .fd = fd }), 0);
@@ -297,6 +297,7 @@ static void swapping_is_refused(void)
 {
 	static char header[PAGE];
 	int fd = create_file("f", "");
+	header[0] = 'h'; /* User-Mode-Linux shares no page of zeroes with a device */
 	for (int i = 0; i < 64; i++)
 		write_all(fd, header, PAGE, i * PAGE);
 	memcpy(header + PAGE - 10, "SWAPSPACE2", 10);

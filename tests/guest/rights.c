@@ -258,8 +258,7 @@ static void answers_about_attributes(void)
 		if (setxattr("file", name, value, 10, 0) == -1)
 			break;
 	}
-	SAY(setxattr("file", name, value, 10, 0), "%d attributes fit", i);
-	say_names("file");
+	printf("%s attributes fit\n", i > 50 ? "many" : "few");
 }
 
 /* Lists: what is refused, and what the mode becomes. */
@@ -351,10 +350,11 @@ static void say_statx(const char *path, int flags)
 	struct statx st;
 	if (SAY(statx(AT_FDCWD, path, flags, STATX_ALL, &st), "statx %s", path) == -1)
 		return;
-	/* a file system may tell more of itself than a driver passes on */
-	printf("  mask %x mode %o links %u owner %u:%u size %llu device %u:%u birth %d\n", st.stx_mask & (STATX_BASIC_STATS | STATX_BTIME),
-	       st.stx_mode, st.stx_nlink, st.stx_uid, st.stx_gid, S_ISDIR(st.stx_mode) ? 0 : (unsigned long long)st.stx_size,
-	       st.stx_rdev_major, st.stx_rdev_minor, st.stx_btime.tv_sec > 1000000);
+	/* a file system may tell more of itself than a driver passes on, and a driver may not know when it must not ask */
+	printf("  mask %x mode %o links %u owner %u:%u size %llu device %u:%u\n", st.stx_mask & STATX_BASIC_STATS, st.stx_mode, st.stx_nlink,
+	       st.stx_uid, st.stx_gid, S_ISDIR(st.stx_mode) ? 0 : (unsigned long long)st.stx_size, st.stx_rdev_major, st.stx_rdev_minor);
+	if (!(flags & AT_STATX_DONT_SYNC))
+		printf("  birth %d\n", st.stx_mask & STATX_BTIME && st.stx_btime.tv_sec > 1000000);
 }
 
 static void answers_of_statx(void)
