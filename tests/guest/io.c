@@ -114,6 +114,43 @@ static void through_io_uring(void)
 	EQUAL(submit((struct io_uring_sqe){ .opcode = IORING_OP_UNLINKAT, .fd = AT_FDCWD, .addr = (uintptr_t) "f" }), 0);
 }
 
+/* A driver may send a long write in pieces, all at once. */
+static void long_appends_keep_their_order(void)
+{
+	unsigned char *out = aligned_alloc(PAGE, MIB), *in = aligned_alloc(PAGE, MIB);
+	fill(out, MIB, 0, 12);
+	set_up_ring();
+	for (int i = 0; i < 60; i++) {
+		int fd = OK(open("f", O_RDWR | O_CREAT | O_TRUNC | O_APPEND | (i % 2 ? O_DIRECT : 0), 0644));
+		if (i % 3)
+			EQUAL(submit((struct io_uring_sqe){ .opcode = IORING_OP_WRITE, .fd = fd, .addr = (uintptr_t)out, .len = MIB }), MIB);
+		else
+			EQUAL(write(fd, out, MIB), MIB);
+		EQUAL(pread(fd, in, MIB, 0), MIB);
+		REQUIRE(!memcmp(in, out, MIB), "append %d was written in another order", i);
+		close(fd);
+	}
+}
+
+static void mappings_of_appended_files(void)
+{
+	char seen[2 * PAGE] = "old";
+	int fd = OK(open("f", O_RDWR | O_CREAT | O_APPEND, 0644));
+	write_all(fd, seen, sizeof seen, 0);
+	char *map = (char *)OK(mmap(0, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0));
+	memcpy(map, "new", 3);
+	OK(msync(map, PAGE, MS_SYNC));
+	OK(munmap(map, 2 * PAGE));
+	EQUAL(write(fd, "end", 3), 3);
+	close(fd);
+	EQUAL(stat_of("f").st_size, 2 * PAGE + 3);
+	memcpy(seen, "new", 3);
+	fd = OK(open("f", O_RDONLY | O_DIRECT));
+	char *page = aligned_alloc(PAGE, PAGE);
+	EQUAL(pread(fd, page, PAGE, 0), PAGE);
+	REQUIRE(!memcmp(page, seen, PAGE), "what a mapping wrote is not in the file");
+}
+
 /* I/O whose memory is a mapping of the same file, or of one that is not in memory yet. */
 static void io_from_and_to_mappings(void)
 {
@@ -346,6 +383,8 @@ const struct check io_checks[] = {
 	{ "flags of one write", flags_of_one_write },
 	{ "bad addresses", bad_addresses },
 	{ "io_uring", through_io_uring },
+	{ "long appends keep their order", long_appends_keep_their_order },
+	{ "mappings of appended files", mappings_of_appended_files },
 	{ "reads into and writes from mappings", io_from_and_to_mappings },
 	{ "what lies behind the end is zero", behind_the_end_is_zero },
 	{ "mappings follow truncation", mappings_follow_truncation },

@@ -387,7 +387,9 @@ impl Passthrough {
             return Ok(Io::Done(arg.size));
         }
         let data = src.first(arg.size as usize);
-        if file.handle().appends() && once::is_appended(caller, file.fd(), data)? {
+        let appends = file.handle().appends();
+        let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
+        if appends && !cached && once::is_appended(caller, file.fd(), data)? {
             return Ok(Io::Done(arg.size));
         }
         // The first version of the agreement leaves it to us for every write.
@@ -397,8 +399,10 @@ impl Passthrough {
         if always || unasked || arg.write_flags & FUSE_WRITE_KILL_SUIDGID != 0 {
             self.strip_privileges(caller, file.fd())?;
         }
-        let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
-        self.settle_direct(&file, arg.offset, src.first(arg.size as usize), cached)?;
+        self.settle_direct(&file, arg.offset, data, cached || appends)?;
+        if appends && let Some(done) = self.appends.write(&self.hot, &file, arg, data) {
+            return done.map(Io::Done);
+        }
         if let Some(done) = self
             .hot
             .write(&file, arg.offset, src.first(arg.size as usize))

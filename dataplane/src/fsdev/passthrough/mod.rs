@@ -17,6 +17,7 @@
 //! service. What creates an inode, and ACCESS, runs as the caller (`identity`), so that owner, group, mode and ACLs come
 //! out as the host's kernel would make them.
 
+mod append;
 mod attr;
 mod deadlock;
 mod dir;
@@ -48,8 +49,10 @@ use core::sync::atomic::fence;
 
 use ferry_shared::errno::Errno;
 use ferry_shared::export::{Cache, Squash};
+use ferry_shared::limits::{MAX_DATA_BUFFER, MIN_XFER_SIZE};
 use ferry_shared::msg::{AioSpec, Failure, Placement};
 
+use self::append::Appends;
 use self::handle::Handles;
 use self::home::Home;
 use self::hot::Hot;
@@ -104,6 +107,7 @@ pub struct Passthrough {
     /// The export is on a file system that can stall.
     remote: bool,
     hot: Hot,
+    appends: Appends,
     /// Where the tables lie, if they outlive the process.
     area: Option<Area>,
 }
@@ -203,6 +207,7 @@ impl Passthrough {
             spec: spec.clone(),
             remote,
             hot: transfers,
+            appends: Appends::new(spec.max_xfer_size.clamp(MIN_XFER_SIZE, MAX_DATA_BUFFER)),
             area: None,
         };
         if !device.inodes.has_root() {
@@ -571,12 +576,7 @@ impl FsDev for Passthrough {
         self.do_getxattr(caller, nodeid, name, out)
     }
 
-    fn listxattr(
-        &self,
-        caller: &Caller<'_>,
-        nodeid: u64,
-        out: &mut [u8],
-    ) -> Result<usize, Errno> {
+    fn listxattr(&self, caller: &Caller<'_>, nodeid: u64, out: &mut [u8]) -> Result<usize, Errno> {
         self.do_listxattr(caller, nodeid, out)
     }
 

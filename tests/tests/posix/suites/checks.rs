@@ -58,6 +58,8 @@ const FEATURES: [(&str, &[&str]); 40] = [
             "append",
             "concurrent appenders",
             "direct append",
+            "long appends",
+            "mappings of appended",
             "flags of one write",
         ],
     ),
