@@ -244,14 +244,15 @@ fn run(program: &Path, name: &str, dir: &Path) -> Result<Outcome> {
         .arg(dir)
         .output()
         .with_context(|| format!("run the check {name}"))?;
-    Ok(outcome(output.status.code(), &output.stdout))
+    Ok(outcome(name, output.status.code(), &output.stdout))
 }
 
 /// What a check came to that ended with this status and said this.
-pub(super) fn outcome(status: Option<i32>, said: &[u8]) -> Outcome {
+pub(super) fn outcome(name: &str, status: Option<i32>, said: &[u8]) -> Outcome {
     let text = String::from_utf8_lossy(said).into_owned();
     match status {
-        Some(0) => Outcome::Passed(text),
+        Some(0) if name.starts_with("answers") => Outcome::Passed(text),
+        Some(0) => Outcome::Passed(String::new()),
         Some(SKIPPED) => Outcome::Skipped,
         _ => Outcome::Failed(text),
     }

@@ -91,15 +91,15 @@ fn in_guest(rig: &Rig, transport: Transport) -> Result<Outcomes> {
     let found = names
         .iter()
         .enumerate()
-        .map(|(number, name)| Ok((name.clone(), said_of(&said, number)?)))
+        .map(|(number, name)| Ok((name.clone(), said_of(&said, number, name)?)))
         .collect();
     fs::remove_dir_all(&said)?;
     found
 }
 
-fn said_of(said: &Path, number: usize) -> Result<Outcome> {
+fn said_of(said: &Path, number: usize, name: &str) -> Result<Outcome> {
     let status = fs::read_to_string(said.join(format!("{number}.status")))?;
     let status = status.trim().parse().context("the status of a check")?;
     let text = fs::read(said.join(number.to_string()))?;
-    Ok(checks::outcome(Some(status), &text))
+    Ok(checks::outcome(name, Some(status), &text))
 }
