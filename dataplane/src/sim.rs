@@ -28,7 +28,7 @@ use crate::fuse::session::Session;
 use crate::id::{CoreEvent, DeviceId, QueueIdx, QueueKind};
 use crate::mem::{IoVec, Segments};
 use crate::pool::{DATA_BUFFER_STRIDE, DataPool, Slab};
-use crate::reactor::{DeviceShared, Job, Reactor, StartQueue, System};
+use crate::reactor::{DeviceShared, Interrupted, Job, Reactor, StartQueue, System};
 use crate::slot::SlotBody;
 use crate::virtio::queue::{Queue, QueueConfig};
 use crate::virtio::testmem::{Buf, Driver, Ram};
@@ -78,7 +78,7 @@ struct World {
     ring_room: usize,
     jobs: Vec<(u32, Job<Files>)>,
     events: Vec<CoreEvent>,
-    spread: Vec<u64>,
+    spread: Vec<Interrupted>,
     /// Queues whose guest was interrupted.
     interrupted: BTreeSet<usize>,
 }
@@ -103,8 +103,8 @@ impl System<Files> for World {
     fn report(&mut self, event: CoreEvent) {
         self.events.push(event);
     }
-    fn spread_interrupt(&mut self, _: DeviceId, unique: u64) {
-        self.spread.push(unique);
+    fn spread_interrupt(&mut self, interrupted: Interrupted) {
+        self.spread.push(interrupted);
     }
 }
 
@@ -440,12 +440,11 @@ impl Sim {
                 CoreEvent::MemoryReplaced { .. } | CoreEvent::Mounted { .. } => {}
             }
         }
-        for unique in core::mem::take(&mut self.cores[at].world.spread) {
+        for interrupted in core::mem::take(&mut self.cores[at].world.spread) {
             for other in (0..self.cores.len()).filter(|other| *other != at) {
                 let core = &mut self.cores[other];
                 core.wake();
-                core.reactor
-                    .interrupt_request(DEVICE, unique, &mut core.world);
+                core.reactor.interrupt_request(interrupted, &mut core.world);
             }
         }
     }
