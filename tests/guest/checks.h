@@ -29,6 +29,7 @@ extern const struct check privilege_checks[], generic_checks[], answer_checks[];
 
 /* One side of the two-client script: a side and a directory. */
 int pair(char **arguments, int count);
+int handles(const char *root);
 
 /* The user and group of checks that act without privilege, and a group that this user also belongs to. */
 enum { USER = 1234, GROUP = 4321, SECOND_GROUP = 4322 };
