@@ -31,6 +31,9 @@ extern const struct check privilege_checks[], generic_checks[], answer_checks[];
 int pair(char **arguments, int count);
 int handles(const char *root);
 
+/* Work while the service is killed: a directory, a seed, and how many files to look up and to keep open. */
+void endure(char **arguments, int count);
+
 /* The user and group of checks that act without privilege, and a group that this user also belongs to. */
 enum { USER = 1234, GROUP = 4321, SECOND_GROUP = 4322 };
 

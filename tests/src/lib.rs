@@ -8,6 +8,7 @@
 //! What a machine lacks (binaries that are not built, rigs that are not fetched) skips a test loudly; with
 //! `FERRY_REQUIRE_ALL=1` in the environment, as `tools/test` sets it, it fails instead.
 
+pub mod churn;
 mod guest;
 mod initramfs;
 mod numbers;
@@ -22,7 +23,7 @@ pub use numbers::Numbers;
 pub use process::{Process, wait_until};
 pub use queues::{ServedQueue, two_cpus};
 pub use rigs::{Rigs, build_checks};
-pub use service::{HostMount, Reply, Service, ServiceConfig, binary, can_mount};
+pub use service::{HostMount, Reply, Service, ServiceConfig, binary, can_mount, child_of};
 pub use temp::TempDir;
 
 use std::io::Write;

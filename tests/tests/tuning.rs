@@ -248,6 +248,63 @@ fn the_dynamic_scheduler_moves_queues_from_a_busy_core_to_an_idle_one() {
     check().unwrap();
 }
 
+/// Changes where queues are served, and what is traced.
+fn disturb(service: &Service, cpus: [u32; 2], round: usize) -> Result<()> {
+    let mask = match round % 3 {
+        2 => format!("[{},{}]", cpus[0], cpus[1]),
+        one => format!("[{}]", cpus[one]),
+    };
+    for (thread, _) in queues(service)? {
+        // It may have ended since.
+        service.rpc(&format!("thread_set_cpumask -i {thread} -m {mask}"))?;
+    }
+    service.call(match round % 3 {
+        2 => "framework_set_scheduler dynamic -p 20000 --load-limit 1 --core-limit 5",
+        _ => "framework_set_scheduler static",
+    })?;
+    service.call(match round % 2 {
+        0 => "trace_enable_tpoint_group all",
+        _ => "trace_disable_tpoint_group all",
+    })?;
+    Ok(())
+}
+
+/// The load's driver fails when a request is answered twice, wrongly or not at all.
+#[test]
+fn every_request_is_answered_once_while_queues_are_moved_scheduled_and_traced() {
+    need!(two_cpus());
+    let check = || -> Result<()> {
+        let (mut service, cpus) = service(&[])?;
+        let socket = service.start_doca_device("vfsdev0", "moved", "aio0")?;
+        let log = service.dir().join("load.log");
+        let output = fs::File::create(&log)?;
+        let mut load = Command::new(binary("ferry")?)
+            .arg("bench")
+            .arg(&socket)
+            .args(["--work", "mixed:4k:8:4,open:4k:8:4,create:4k:4:2"])
+            .args(["--files", "4", "--file-size", "64k", "--entries", "0"])
+            .args(["--seconds", "1.5"])
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .spawn()
+            .map(Load)?;
+        let mut rounds = 0;
+        let status = loop {
+            if let Some(status) = load.0.try_wait()? {
+                break status;
+            }
+            disturb(&service, cpus, rounds)?;
+            rounds += 1;
+        };
+        let said = fs::read_to_string(&log)?;
+        ensure!(status.success(), "{said}");
+        ensure!(said.lines().count() == 3, "{said}");
+        ensure!(rounds > 0, "the load had ended before anything was moved");
+        service.stop()
+    };
+    check().unwrap();
+}
+
 #[test]
 fn pools_are_sized_before_the_start_and_shown() {
     let check = || -> Result<()> {

@@ -9,7 +9,7 @@ use alloc::sync::Arc;
 use core::mem::offset_of;
 use core::ptr::NonNull;
 
-use ferry_shared::counters::{CoreCounters, Finished};
+use ferry_shared::counters::{CoreCounters, Finished, QueueWait};
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_DATA_BUFFER, SLOT_INPUT, SLOT_OUTPUT};
 use ferry_shared::trace::Point;
@@ -80,6 +80,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             }
             let Some(slot) = self.free.pop() else {
                 self.counters.slot_waits = self.counters.slot_waits.wrapping_add(1);
+                if let Some(counters) = &self.count_in {
+                    counters.queue_waits(at as usize, QueueWait::Slot);
+                }
                 break;
             };
             let Some(mut body) = self.bodies.get(slot) else {
@@ -188,6 +191,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             // In order of arrival, so that a request that needs two buffers is not overtaken for ever.
             if meta.stage != Stage::NeedsBuffers {
                 self.counters.buffer_waits = self.counters.buffer_waits.wrapping_add(1);
+                if let Some(counters) = &self.count_in {
+                    counters.queue_waits(meta.queue as usize, QueueWait::Buffers);
+                }
                 meta.stage = Stage::NeedsBuffers;
                 self.need_buffers.push_back(slot);
             }
@@ -420,6 +426,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let (Some(run), Some(meta)) = (self.locate(slot), self.slots.get(slot as usize)) else {
             return;
         };
+        let queue = meta.queue;
         // SAFETY: the slot is the core's; nobody writes its input or its chain.
         let (chain, input) = unsafe { (&(*run.body.as_ptr()).chain, run.input.as_ref()) };
         // SAFETY: the queue holds the map.
@@ -444,7 +451,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             reply.after(HEADER).read(&mut size);
             request.written = u64::from(u32::from_ne_bytes(size).min(MAX_DATA_BUFFER));
         }
-        counters.finished(device.0, request);
+        counters.finished(device.0, queue as usize, request);
     }
 
     /// Puts a request that has not run back, for the queue's next start.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::engine::{CoreEvent, Cores, DeviceId, QueueIdx, QueueKind, QueueStart};
 use crate::mem::GuestMap;
 use crate::os::eventfd::EventFd;
-use crate::virtio::inflight::InflightQueue;
+use crate::virtio::inflight::Inflight;
 use crate::virtio::queue::{QueueConfig, QueueState};
 
 /// What a queue is started with.
@@ -23,7 +23,7 @@ pub struct QueueSetup {
     /// Interrupts the driver.
     pub call: Option<Arc<EventFd>>,
     /// vhost-user's in-flight record of the queue.
-    pub inflight: Option<InflightQueue>,
+    pub inflight: Option<Inflight>,
 }
 
 /// What has happened that the transport's own state machine may wait for.

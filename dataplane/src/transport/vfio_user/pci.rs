@@ -28,7 +28,7 @@ use crate::platform::EmulatedFunction;
 use crate::transport::requests::Requests;
 use crate::transport::running::{Notice, QueueSetup, RunningQueues};
 use crate::virtio::device::{DeviceModel, QueueSettings, StatusEffect};
-use crate::virtio::inflight::InflightQueue;
+use crate::virtio::inflight::Inflight;
 use crate::virtio::queue::QueueState;
 use crate::virtio::spec::{Features, FsConfig, Status};
 
@@ -478,16 +478,13 @@ impl PciFunction {
     }
 
     /// Where a queue begins, and its record of requests in flight.
-    fn position(&mut self, index: QueueIdx, resume: bool) -> (QueueState, Option<InflightQueue>) {
+    fn position(&mut self, index: QueueIdx, resume: bool) -> (QueueState, Option<Inflight>) {
         let packed = self.model.packed();
         let fresh = QueueState::fresh(packed);
-        if packed {
-            return (fresh, None);
-        }
         if self.requests.is_none() {
             self.requests = Requests::new(self.model.num_queues(), &self.keeper);
         }
-        let Some(mut record) = self.requests.as_ref().and_then(|r| r.queue(index)) else {
+        let Some(mut record) = self.requests.as_ref().and_then(|r| r.queue(index, packed)) else {
             return (fresh, None);
         };
         let queue = self.model.queue(index).filter(|_| resume);
