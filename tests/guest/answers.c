@@ -4,7 +4,6 @@
  */
 #include "checks.h"
 
-#include <ftw.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <sys/ioctl.h>
@@ -18,21 +17,6 @@
 #include <signal.h>
 
 enum { PAGE = 4096 };
-
-/* Says what a call came to: its value, or the name of its error. */
-#define SAY(call, format, ...)                                                                                                 \
-	({                                                                                                                     \
-		errno = 0;                                                                                                     \
-		long said_ = (long)(call);                                                                                     \
-		if (said_ == -1)                                                                                               \
-			printf(format ": %s\n", ##__VA_ARGS__, strerrorname_np(errno));                                        \
-		else                                                                                                           \
-			printf(format ": %ld\n", ##__VA_ARGS__, said_);                                                        \
-		said_;                                                                                                         \
-	})
-/* The same for calls whose value means nothing, such as descriptors. */
-#define SAY_WHETHER(call, format, ...) SAY((long)(call) == -1 ? -1 : 0, format, ##__VA_ARGS__)
-#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 /* Inodes of every kind; "missing" is none. */
 static const char *const kinds[] = { "file", "other", "empty", "full", "link", "loop", "fifo", "socket", "device", "missing" };
@@ -53,19 +37,6 @@ static void make_kinds(void)
 	OK(bind(fd, (struct sockaddr *)&address, sizeof address));
 	close(fd);
 	OK(mknod("device", S_IFCHR | 0666, makedev(1, 3)));
-}
-
-static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-	(void)st, (void)type;
-	if (ftw->level > 0)
-		remove(path);
-	return 0;
-}
-
-static void remove_kinds(void)
-{
-	nftw(".", remove_entry, 16, FTW_DEPTH | FTW_PHYS);
 }
 
 static void say_kind(const char *path)
@@ -115,7 +86,7 @@ static void answers_of_rename(void)
 				    kinds[k], flags[i]);
 				say_kind(kinds[j]);
 				say_kind(kinds[k]);
-				remove_kinds();
+				remove_all();
 			}
 }
 
@@ -176,7 +147,7 @@ static void answers_of_paths(void)
 			make_kinds();
 			snprintf(path_in_child, sizeof path_in_child, "%s%s", kinds[i], endings[j]);
 			in_child(operations_in_child);
-			remove_kinds();
+			remove_all();
 		}
 	static const char *const odd[] = { "", ".", "..", "./.", "x" };
 	for (size_t i = 0; i < COUNT(odd); i++) {

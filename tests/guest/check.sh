@@ -164,6 +164,8 @@ rm -rf "$DIR/kept" && mkdir "$DIR/kept"
 check "64 MiB written and read back" read_back_64_mib
 "$CHECKS" list > "$SCRATCH/names"
 while read -r line; do
+    # Answers tell nothing by themselves: tests/posix compares them.
+    case $line in answers*) continue ;; esac
     check "$line" "$CHECKS" run "$line" "$DIR"
 done < "$SCRATCH/names"
 check "a program runs from the mount" program_runs

@@ -25,10 +25,11 @@ struct check {
 };
 
 extern const struct check name_checks[], data_checks[], attr_checks[], lock_checks[], dir_checks[], space_checks[];
-extern const struct check privilege_checks[], generic_checks[], answer_checks[];
+extern const struct check privilege_checks[], generic_checks[], answer_checks[], right_checks[], io_checks[], mount_checks[];
 
 /* One side of the two-client script: a side and a directory. */
 int pair(char **arguments, int count);
+int handles(const char *root);
 
 /* Work while the service is killed: a directory, a seed, and how many files to look up and to keep open. */
 void endure(char **arguments, int count);
@@ -57,6 +58,8 @@ void expect_content(const char *path, const void *data, size_t len);
 void fill(unsigned char *buffer, size_t len, uint64_t offset, unsigned seed);
 mode_t mode_of(const char *path);
 struct stat stat_of(const char *path);
+/* Removes everything in the current directory. */
+void remove_all(void);
 /* Wait until PID sleeps in the kernel, or give up quietly after a while: only ever a help, never a proof. */
 void wait_until_asleep(pid_t pid);
 
@@ -92,5 +95,20 @@ void wait_until_asleep(pid_t pid);
 		if (left_ != right_)                                                                                           \
 			fail("%s:%d: %s is %lld, expected %lld (%s)", __FILE__, __LINE__, #left, left_, right_, #right);       \
 	} while (0)
+
+/* Says what a call came to: its value, or the name of its error. */
+#define SAY(call, format, ...)                                                                                                 \
+	({                                                                                                                     \
+		errno = 0;                                                                                                     \
+		long said_ = (long)(call);                                                                                     \
+		if (said_ == -1)                                                                                               \
+			printf(format ": %s\n", ##__VA_ARGS__, strerrorname_np(errno));                                        \
+		else                                                                                                           \
+			printf(format ": %ld\n", ##__VA_ARGS__, said_);                                                        \
+		said_;                                                                                                         \
+	})
+/* The same for calls whose value means nothing, such as descriptors. */
+#define SAY_WHETHER(call, format, ...) SAY((long)(call) == -1 ? -1 : 0, format, ##__VA_ARGS__)
+#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 #endif

@@ -52,8 +52,8 @@ struct State {
     /// The requests that were refused for no reason, and how.
     refused: BTreeMap<u64, Errno>,
     given_up: BTreeSet<u64>,
-    /// Lookups that a listing has counted, by its number: a crash before its answer leaves them.
-    plus: BTreeMap<u64, u64>,
+    /// What each execution of a listing has counted lookups for, by its number.
+    plus: BTreeMap<u64, Vec<Vec<u64>>>,
     /// Lookups and handles that crashes may have left.
     leaks: u64,
     /// Lookups that are about to be taken away.
@@ -498,8 +498,10 @@ impl FsDev for Files {
         out: &mut dyn DirSink,
     ) -> Result<(), Errno> {
         let mut state = self.state.lock();
-        let counted = state.plus.remove(&caller.unique);
-        state.leaks += counted.unwrap_or(0);
+        let mut counted = Vec::new();
+        let executions = state.plus.entry(caller.unique).or_default();
+        let last = executions.len();
+        executions.push(Vec::new());
         // The cookie is the node's number: the order of creation, which no change of other names disturbs.
         let mut all: Vec<(u64, Vec<u8>)> =
             state.names.iter().map(|(n, id)| (*id, n.clone())).collect();
@@ -509,7 +511,9 @@ impl FsDev for Files {
                 out.entry(&name, id, id, DT_REG)
             } else if out.fits_plus(name.len()) {
                 let entry = state.entry(id);
-                *state.plus.entry(caller.unique).or_default() += 1;
+                counted.push(id);
+                let executions = state.plus.entry(caller.unique).or_default();
+                executions[last].clone_from(&counted);
                 out.entry_plus(&name, id, DT_REG, &entry)
             } else {
                 false
@@ -518,6 +522,14 @@ impl FsDev for Files {
                 break;
             }
         }
+        let executions = &state.plus[&caller.unique];
+        // Only the second execution can tell what the first one has counted, and only if the directory begins the same.
+        let lost = match &executions[..last] {
+            [] => 0,
+            [first] if counted.starts_with(first) => 0,
+            all => all.iter().map(Vec::len).sum(),
+        };
+        state.leaks += lost as u64;
         Ok(())
     }
 

@@ -195,6 +195,33 @@ fn a_write_strips_privileges_exactly_when_asked() {
 }
 
 #[test]
+fn an_appended_file_takes_pieces_and_pages_where_they_belong_and_the_rest_at_its_end() {
+    const PIECE: usize = 131_072;
+    let rig = Rig::new();
+    fs::write(rig.top.join("f"), "0123456789").unwrap();
+    let file = rig.look(ROOT, "f").unwrap();
+    let fh = rig
+        .open(file.nodeid, libc::O_RDWR | libc::O_APPEND)
+        .unwrap();
+    // The second of two pieces comes first.
+    for (number, byte) in [(1, b'2'), (0, b'1')] {
+        let offset = (10 + number * PIECE) as u64;
+        rig.write(file.nodeid, fh, offset, &[byte; PIECE]).unwrap();
+    }
+    rig.write_as(&root(), file.nodeid, fh, 2, b"XY", FUSE_WRITE_CACHE)
+        .unwrap();
+    // From a guest that does not know how long the file has become.
+    rig.write(file.nodeid, fh, 4, b"end").unwrap();
+    let expected = [
+        b"01XY456789".as_slice(),
+        &[b'1'; PIECE],
+        &[b'2'; PIECE],
+        b"end",
+    ];
+    assert!(fs::read(rig.top.join("f")).unwrap() == expected.concat());
+}
+
+#[test]
 fn an_allocation_by_an_unprivileged_caller_strips_privileges() {
     let rig = Rig::new();
     let path = rig.top.join("f");

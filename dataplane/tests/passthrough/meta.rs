@@ -87,6 +87,65 @@ fn truncating_takes_regular_files_only_and_strips_when_asked() {
     assert_eq!(set(&rig, file, kill).unwrap().mode & 0o7777, 0o755);
 }
 
+/// Such is what arrives of chown(-1, -1), which a guest lets anybody ask for, and before a change by who has the file open.
+#[test]
+fn a_change_of_nothing_strips_privileges_only_for_who_may_do_it() {
+    let unnamed = as_user(FUSE_INVALID_UIDGID, FUSE_INVALID_UIDGID);
+    let rig = Rig::new();
+    let path = rig.top.join("suid");
+    fs::write(&path, "text").unwrap();
+    let file = rig.look(ROOT, "suid").unwrap().nodeid;
+    let mode_after = |caller: &Caller<'_>| {
+        chmod(&path, 0o6755);
+        let nothing = fuse_setattr_in::default();
+        rig.fs.setattr(caller, file, &nothing).unwrap();
+        mode(&path)
+    };
+    let reader = rig.open(file, libc::O_RDONLY).unwrap();
+    let owner = as_user(fs::metadata(&path).unwrap().uid(), 5);
+    for (caller, after) in [
+        (as_user(1000, 1000), 0o6755),
+        (unnamed, 0o6755),
+        (owner, 0o755),
+        (root(), 0o755),
+    ] {
+        assert_eq!(mode_after(&caller), after, "{caller:?}");
+    }
+    rig.release(file, reader);
+    let writer = rig.open(file, libc::O_WRONLY).unwrap();
+    assert_eq!(mode_after(&unnamed), 0o755);
+    rig.release(file, writer);
+    assert_eq!(mode_after(&unnamed), 0o6755);
+}
+
+#[test]
+fn who_is_not_root_does_not_see_that_there_are_trusted_attributes() {
+    let rig = Rig::new();
+    let (file, _) = rig.create(ROOT, "f");
+    for attribute in ["trusted.a", "user.b"] {
+        let attribute = name(attribute);
+        let set = rig
+            .fs
+            .setxattr(&root(), file.nodeid, &attribute, b"v", 0, 0);
+        assert_eq!(set, Ok(()));
+    }
+    let names = |caller: &Caller<'_>| {
+        let mut out = [0; 64];
+        let len = rig.fs.listxattr(caller, file.nodeid, &mut out).unwrap();
+        assert_eq!(rig.fs.listxattr(caller, file.nodeid, &mut []), Ok(len));
+        let mut names: Vec<String> = String::from_utf8_lossy(&out[..len])
+            .split_terminator('\0')
+            .map(str::to_owned)
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&as_user(1000, 1000)), ["user.b"]);
+    for caller in [root(), as_user(FUSE_INVALID_UIDGID, FUSE_INVALID_UIDGID)] {
+        assert_eq!(names(&caller), ["trusted.a", "user.b"]);
+    }
+}
+
 #[test]
 fn a_change_of_nothing_strips_privileges_where_the_guest_leaves_that_to_us() {
     for (mask, after) in [

@@ -108,6 +108,12 @@ impl Passthrough {
                 let host = (host & !libc::O_ACCMODE) | libc::O_WRONLY;
                 self.inodes.with_fds(|| sys::reopen(fd, host))
             }
+            // Only appending is allowed; `publish` keeps the guest from caching what it writes.
+            Err(Errno::EPERM) if guest & !host & libc::O_APPEND != 0 => {
+                let access = libc::O_ACCMODE | libc::O_APPEND;
+                let host = (host & !libc::O_ACCMODE) | (guest & access);
+                self.inodes.with_fds(|| sys::reopen(fd, host))
+            }
             other => other,
         }
     }
@@ -129,8 +135,15 @@ impl Passthrough {
             flags |= handle::DIRECT;
             alignment = found;
         }
+        let mut open_flags = self.file_flags();
+        if guest_flags as i32 & libc::O_APPEND != 0
+            && self.has(FUSE_WRITEBACK_CACHE)
+            && sys::flags_of(fd.raw()).is_ok_and(|flags| flags & libc::O_APPEND != 0)
+        {
+            open_flags = FOPEN_DIRECT_IO;
+        }
         let fh = self.handles.add_at(place, fd, nodeid, flags, alignment);
-        self.opened(fh, nodeid, self.file_flags(), session)
+        self.opened(fh, nodeid, open_flags, session)
     }
 
     /// The reply for a new handle; takes it back when the mount has ended meanwhile.
@@ -374,7 +387,9 @@ impl Passthrough {
             return Ok(Io::Done(arg.size));
         }
         let data = src.first(arg.size as usize);
-        if file.handle().appends() && once::is_appended(caller, file.fd(), data)? {
+        let appends = file.handle().appends();
+        let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
+        if appends && !cached && once::is_appended(caller, file.fd(), data)? {
             return Ok(Io::Done(arg.size));
         }
         // The first version of the agreement leaves it to us for every write.
@@ -384,8 +399,10 @@ impl Passthrough {
         if always || unasked || arg.write_flags & FUSE_WRITE_KILL_SUIDGID != 0 {
             self.strip_privileges(caller, file.fd())?;
         }
-        let cached = arg.write_flags & FUSE_WRITE_CACHE != 0;
-        self.settle_direct(&file, arg.offset, src.first(arg.size as usize), cached)?;
+        self.settle_direct(&file, arg.offset, data, cached || appends)?;
+        if appends && let Some(done) = self.appends.write(&self.hot, &file, arg, data) {
+            return done.map(Io::Done);
+        }
         if let Some(done) = self
             .hot
             .write(&file, arg.offset, src.first(arg.size as usize))
@@ -464,8 +481,7 @@ impl Passthrough {
     /// For operations that change a file's content and have no flag for this: FUSE leaves the decision to the server. A
     /// guest that does not say who asks has asked for it before, with a SETATTR of nothing.
     fn strip_for(&self, caller: &Caller<'_>, file: &OpenFile<'_>) -> Result<(), Errno> {
-        let untold = caller.uid == FUSE_INVALID_UIDGID && self.has(FUSE_ALLOW_IDMAP);
-        let may_keep = untold || caller.uid == 0 && !self.is_squashed(caller);
+        let may_keep = self.is_untold(caller) || caller.uid == 0 && !self.is_squashed(caller);
         if !may_keep && self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2) {
             self.strip_privileges(caller, file.fd())?;
         }

@@ -344,6 +344,16 @@ impl Handles {
         })
     }
 
+    /// Whether inode `nodeid` is open for writing. Looks at every handle.
+    pub(super) fn is_written(&self, nodeid: u64) -> bool {
+        let mut pins = self.table.indexes().filter_map(|i| self.table.pin_index(i));
+        pins.any(|pin| {
+            let handle = pin.record();
+            handle.nodeid.load(Relaxed) == nodeid
+                && handle.open_flags.load(Relaxed) & libc::O_ACCMODE != libc::O_RDONLY
+        })
+    }
+
     /// Ends the use that [`OpenFile::keep`] has prolonged.
     pub(super) fn unpin(&self, kept: u64) {
         self.table.unpin(kept);

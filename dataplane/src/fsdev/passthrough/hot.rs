@@ -106,6 +106,22 @@ impl Hot {
         }
     }
 
+    /// Writes at once, whatever the last writes took, where nobody else has to be waited for.
+    pub(super) fn write_now(
+        &self,
+        file: &OpenFile<'_>,
+        offset: u64,
+        src: Segments<'_>,
+    ) -> Option<Result<u32, Errno>> {
+        let handle = file.handle();
+        if !handle.has(handle::CALM) || handle.has(handle::DIRECT) {
+            return None;
+        }
+        transfer(src, |pieces, done| {
+            write(file.fd(), pieces, offset.saturating_add(done))
+        })
+    }
+
     /// Writes at once where that does not wait.
     pub(super) fn write(
         &self,

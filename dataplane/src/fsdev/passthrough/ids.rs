@@ -13,7 +13,7 @@ use super::identity::Identity;
 use super::sys::{self, Stat};
 use super::{Passthrough, attr};
 use crate::fsdev::Caller;
-use crate::fuse::abi::fuse_attr;
+use crate::fuse::abi::{FUSE_ALLOW_IDMAP, FUSE_INVALID_UIDGID, fuse_attr};
 
 /// An ACL as an extended attribute: a version, and entries of tag, permissions and id.
 const ACL_HEADER: usize = 4;
@@ -35,6 +35,11 @@ impl Passthrough {
 
     pub(super) fn is_squashed(&self, caller: &Caller<'_>) -> bool {
         self.spec.export.squash.applies_to(caller.uid)
+    }
+
+    /// Whether the guest does not say who asks, as one with mapped ids does for most requests.
+    pub(super) fn is_untold(&self, caller: &Caller<'_>) -> bool {
+        caller.uid == FUSE_INVALID_UIDGID && self.has(FUSE_ALLOW_IDMAP)
     }
 
     /// The caller as the host knows it.

@@ -97,7 +97,11 @@ impl Passthrough {
         let squashed = self.act_if_squashed(caller)?;
         // What is left of a change that clears set-user-ID and no more: before a guest's process without the right to keep
         // it changes the content, and for a chown to nobody in particular.
-        if arg.valid & CHANGES == 0 && self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2) {
+        let asked = arg.valid & CHANGES == 0;
+        if asked
+            && self.has(FUSE_HANDLE_KILLPRIV | FUSE_HANDLE_KILLPRIV_V2)
+            && self.may_strip(caller, nodeid, node.fd())?
+        {
             self.strip_privileges(caller, node.fd())?;
         }
         if arg.valid & (FATTR_UID | FATTR_GID) != 0 {
@@ -128,6 +132,17 @@ impl Passthrough {
             sys::set_times(node.fd(), &times)?;
         }
         Ok(self.attr_out(&sys::stat_fd(node.fd())?))
+    }
+
+    /// Whether a SETATTR of nothing may take set-user-ID away. A guest sends one for the chown of a stranger too, without
+    /// having looked at its rights; who may change the content has the file open for writing.
+    fn may_strip(&self, caller: &Caller<'_>, nodeid: u64, fd: i32) -> Result<bool, Errno> {
+        if self.handles.is_written(nodeid) {
+            return Ok(true);
+        }
+        let told = !self.is_untold(caller);
+        let owner = self.spec.export.map_uid.to_guest(sys::stat_fd(fd)?.stx_uid);
+        Ok(told && (caller.uid == 0 || caller.uid == owner))
     }
 
     pub(super) fn do_statx(
@@ -173,7 +188,7 @@ impl Passthrough {
         if mask & libc::W_OK as u32 != 0 && inodes.contains(&node.kind()) {
             self.expect_writable()?;
         }
-        if caller.uid == FUSE_INVALID_UIDGID && self.has(FUSE_ALLOW_IDMAP) {
+        if self.is_untold(caller) {
             return sys::access(node.fd(), mask);
         }
         let _caller = self.act_as(caller, 0)?;

@@ -17,6 +17,7 @@
 //! service. What creates an inode, and ACCESS, runs as the caller (`identity`), so that owner, group, mode and ACLs come
 //! out as the host's kernel would make them.
 
+mod append;
 mod attr;
 mod deadlock;
 mod dir;
@@ -48,8 +49,10 @@ use core::sync::atomic::fence;
 
 use ferry_shared::errno::Errno;
 use ferry_shared::export::{Cache, Squash};
+use ferry_shared::limits::{MAX_DATA_BUFFER, MIN_XFER_SIZE};
 use ferry_shared::msg::{AioSpec, Failure, Placement};
 
+use self::append::Appends;
 use self::handle::Handles;
 use self::home::Home;
 use self::hot::Hot;
@@ -104,6 +107,7 @@ pub struct Passthrough {
     /// The export is on a file system that can stall.
     remote: bool,
     hot: Hot,
+    appends: Appends,
     /// Where the tables lie, if they outlive the process.
     area: Option<Area>,
 }
@@ -203,6 +207,7 @@ impl Passthrough {
             spec: spec.clone(),
             remote,
             hot: transfers,
+            appends: Appends::new(spec.max_xfer_size.clamp(MIN_XFER_SIZE, MAX_DATA_BUFFER)),
             area: None,
         };
         if !device.inodes.has_root() {
@@ -330,6 +335,9 @@ impl FsDev for Passthrough {
 
     fn mount(&self, negotiated: Negotiated) -> Result<(), Errno> {
         self.unmount();
+        if negotiated.flags & FUSE_EXPORT_SUPPORT == 0 {
+            self.inodes.forget_all(false);
+        }
         self.granted.store(negotiated.flags, Relaxed);
         self.session.fetch_or(1, Release);
         Ok(())
@@ -348,7 +356,8 @@ impl FsDev for Passthrough {
         deadlock::end_all(&self.locks);
         self.locks.clear();
         self.handles.clear();
-        self.inodes.clear();
+        // The next mount of this device may be asked for by a handle that an NFS server took in this one.
+        self.inodes.forget_all(self.has(FUSE_EXPORT_SUPPORT));
     }
 
     fn may_block(&self, opcode: u32) -> bool {
@@ -571,8 +580,8 @@ impl FsDev for Passthrough {
         self.do_getxattr(caller, nodeid, name, out)
     }
 
-    fn listxattr(&self, _: &Caller<'_>, nodeid: u64, out: &mut [u8]) -> Result<usize, Errno> {
-        self.do_listxattr(nodeid, out)
+    fn listxattr(&self, caller: &Caller<'_>, nodeid: u64, out: &mut [u8]) -> Result<usize, Errno> {
+        self.do_listxattr(caller, nodeid, out)
     }
 
     fn removexattr(&self, caller: &Caller<'_>, nodeid: u64, name: &CStr) -> Result<(), Errno> {

@@ -419,10 +419,23 @@ pub(super) fn make_direct(fd: i32) -> Option<u32> {
 
 /// Clears `O_DIRECT` of an open file.
 pub(super) fn make_buffered(fd: i32) -> Result<(), Errno> {
+    change_flags(fd, 0, libc::O_DIRECT)
+}
+
+/// Whether what is written goes to the end of the file.
+pub(super) fn set_append(fd: i32, on: bool) -> Result<(), Errno> {
+    let (add, remove) = if on {
+        (libc::O_APPEND, 0)
+    } else {
+        (0, libc::O_APPEND)
+    };
+    change_flags(fd, add, remove)
+}
+
+fn change_flags(fd: i32, add: i32, remove: i32) -> Result<(), Errno> {
+    let flags = (flags_of(fd)? | add) & !remove;
     // SAFETY: takes no pointer.
-    let flags = check(unsafe { libc::fcntl(fd, libc::F_GETFL) })?;
-    // SAFETY: takes no pointer.
-    check(unsafe { libc::fcntl(fd, libc::F_SETFL, flags & !libc::O_DIRECT) }).map(drop)
+    check(unsafe { libc::fcntl(fd, libc::F_SETFL, flags) }).map(drop)
 }
 
 /// A lock of an open file description on a range of bytes.

@@ -17,6 +17,7 @@ use crate::fsdev::Caller;
 use crate::fuse::abi::{FUSE_POSIX_ACL, FUSE_SETXATTR_ACL_KILL_SGID};
 
 const ACL_PREFIX: &[u8] = b"system.posix_acl_";
+const TRUSTED_PREFIX: &[u8] = b"trusted.";
 /// Longest list of names that the kernel gives.
 const LIST_MAX: usize = 64 * 1024;
 
@@ -123,20 +124,36 @@ impl Passthrough {
         Ok(len)
     }
 
-    pub(super) fn do_listxattr(&self, nodeid: u64, out: &mut [u8]) -> Result<usize, Errno> {
+    pub(super) fn do_listxattr(
+        &self,
+        caller: &Caller<'_>,
+        nodeid: u64,
+        out: &mut [u8],
+    ) -> Result<usize, Errno> {
         self.expect_xattr()?;
         let node = self.inodes.get(nodeid)?;
         let path = ProcPath::new(node.fd());
-        if self.spec.export.xattr_map.is_identity() {
+        // A guest checks who reads such an attribute, but leaves it to the file system who sees that it is there.
+        let hidden = if caller.uid == 0 || self.is_untold(caller) {
+            None
+        } else {
+            Some(TRUSTED_PREFIX)
+        };
+        if hidden.is_none() && self.spec.export.xattr_map.is_identity() {
             sys::list_xattr(path.path(), out)
         } else {
-            self.list_renamed(&path, out)
+            self.list_chosen(&path, hidden, out)
         }
     }
 
-    /// The names as the guest knows them. Its own function, so that only who needs the large buffer has it on the stack.
+    /// The names as the guest knows them, without those that begin with `hidden`. Its own function, so that only who needs the large buffer has it on the stack.
     #[inline(never)]
-    fn list_renamed(&self, path: &ProcPath, out: &mut [u8]) -> Result<usize, Errno> {
+    fn list_chosen(
+        &self,
+        path: &ProcPath,
+        hidden: Option<&[u8]>,
+        out: &mut [u8],
+    ) -> Result<usize, Errno> {
         let mut names = [0; LIST_MAX];
         let len = sys::list_xattr(path.path(), &mut names)?;
         let names = names.get(..len).unwrap_or_default();
@@ -146,6 +163,9 @@ impl Passthrough {
                 continue;
             };
             let guest = guest.bytes();
+            if hidden.is_some_and(|prefix| guest.starts_with(prefix)) {
+                continue;
+            }
             let start = used;
             used = used
                 .checked_add(guest.len())

@@ -1,6 +1,7 @@
 //! The suites, and where their programs come from.
 
 mod checks;
+mod checks_in_guests;
 mod fio;
 mod fsx;
 mod guest;
@@ -15,8 +16,9 @@ use std::env;
 use std::path::PathBuf;
 
 /// All of them, in the order of the table.
-pub(crate) const SUITES: [&dyn Suite; 7] = [
+pub(crate) const SUITES: [&dyn Suite; 8] = [
     &checks::Checks,
+    &checks_in_guests::ChecksInGuests,
     &pjdfstest::Pjdfstest,
     &guest::InGuests,
     &fsx::Fsx,
@@ -62,6 +64,13 @@ fn check(suite: &dyn Suite) {
 #[test]
 fn every_answer_of_a_mount_is_that_of_the_export() {
     check(&checks::Checks);
+}
+
+#[test]
+fn every_answer_in_a_guest_is_that_of_the_export() {
+    need!(can_mount());
+    need!(checks_in_guests::ChecksInGuests.ready());
+    checks_in_guests::check().unwrap();
 }
 
 #[test]
