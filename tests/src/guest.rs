@@ -266,7 +266,10 @@ impl Guest {
         let command = match self.machine {
             Machine::Qemu { kernel, processors } => {
                 let mut command = self.qemu_command(kernel, processors)?;
-                command.args(["-no-reboot", "-append", QEMU_KERNEL]);
+                command.args(["-append", QEMU_KERNEL]);
+                if !self.reboots {
+                    command.arg("-no-reboot");
+                }
                 command.arg("-initrd").arg(dir.join("initrd")).args([
                     "-serial",
                     &format!("file:{}", dir.join("results.tar").display()),
@@ -363,9 +366,6 @@ impl Guest {
             .args(["-serial", "stdio", "-kernel"])
             .arg(self.rigs.path(&format!("{}/vmlinuz", kernel.part())))
             .args(&self.arguments);
-        if !self.reboots {
-            command.arg("-no-reboot");
-        }
         for (number, device) in self.devices.iter().enumerate() {
             match device {
                 Device::VfioUser(socket) => {
