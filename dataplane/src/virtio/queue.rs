@@ -194,10 +194,6 @@ pub struct Popped {
 }
 
 #[derive(Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "one per running queue; a box would cost an indirection on every access"
-)]
 enum Ring {
     Split(SplitRing),
     Packed(PackedRing),

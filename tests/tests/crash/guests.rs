@@ -151,7 +151,13 @@ impl Rig {
             outcome.output,
             outcome.dmesg
         );
-        for bad in ["BUG:", "WARNING:", "Oops", "blocked for more than", "rror"] {
+        for bad in [
+            "BUG:",
+            "WARNING:",
+            "Oops",
+            "blocked for more than",
+            "I/O error",
+        ] {
             ensure!(
                 !outcome.dmesg.contains(bad),
                 "the guest's kernel complains:\n{}",
