@@ -28,7 +28,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
-pub use world::{Backend, DeviceShared, Job, System};
+pub use world::{Backend, DeviceShared, Interrupted, Job, System};
 
 use ferry_shared::counters::{CoreCounters, QueuePlace};
 use ferry_shared::trace::{CoreTrace, Point, Record};
@@ -147,7 +147,7 @@ pub struct Reactor<B, S: System<B>> {
     unsubmitted: VecDeque<u32>,
     /// SETLKW requests that wait for a lock.
     waiting: Vec<u32>,
-    early_interrupts: heapless::Deque<(DeviceId, u64), EARLY_INTERRUPTS>,
+    early_interrupts: heapless::Deque<Interrupted, EARLY_INTERRUPTS>,
     counters: Counters,
     /// When the clock was last read: before a queue's first request of a turn, and after each request.
     clock: u64,

@@ -400,12 +400,11 @@ impl Sim {
                 CoreEvent::MemoryReplaced { .. } | CoreEvent::Mounted { .. } => {}
             }
         }
-        for unique in core::mem::take(&mut self.cores[at].world.spread) {
+        for interrupted in core::mem::take(&mut self.cores[at].world.spread) {
             for other in (0..self.cores.len()).filter(|other| *other != at) {
                 let core = &mut self.cores[other];
                 core.wake();
-                core.reactor
-                    .interrupt_request(DEVICE, unique, &mut core.world);
+                core.reactor.interrupt_request(interrupted, &mut core.world);
             }
         }
     }

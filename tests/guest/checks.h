@@ -29,6 +29,7 @@ extern const struct check privilege_checks[], generic_checks[], answer_checks[];
 
 /* One side of the two-client script: a side and a directory. */
 int pair(char **arguments, int count);
+int handles(const char *root);
 
 /* Work while the service is killed: a directory, a seed, and how many files to look up and to keep open. */
 void endure(char **arguments, int count);

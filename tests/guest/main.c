@@ -3,6 +3,7 @@
  *   checks list               print every check's name, one a line
  *   checks run NAME DIR       run one; exit 0 passed, 1 failed, 77 skipped, with the reason on standard output
  *   checks pair 0|1 DIR [local]   one side of the two-client script
+ *   checks handles DIR        take file handles and open them for each line of standard input
  *   checks endure DIR SEED [FILES OPENED]   work until a file `stop` is in DIR
  *   checks hello              print a word: this program, copied to the file system under test, proves that it executes
  *   checks wait               end at the end of standard input: a copy of this program that runs for as long as a check wants
@@ -202,6 +203,8 @@ int main(int argc, char **argv)
 		return puts("hello from the mount") < 0;
 	if (argc >= 4 && !strcmp(argv[1], "pair"))
 		return pair(argv + 2, argc - 2);
+	if (argc == 3 && !strcmp(argv[1], "handles"))
+		return handles(argv[2]);
 	if ((argc == 4 || argc == 6) && !strcmp(argv[1], "endure"))
 		return endure(argv + 2, argc - 2), 0;
 	if (argc == 2 && !strcmp(argv[1], "wait"))

@@ -62,8 +62,11 @@ pub struct Guest {
     rigs: Rigs,
     devices: Vec<Device>,
     memory_mib: u32,
+    /// What follows the size in QEMU's option.
+    memory_more: &'static str,
     files: Vec<(String, PathBuf)>,
     arguments: Vec<String>,
+    reboots: bool,
 }
 
 /// A guest that runs.
@@ -134,9 +137,29 @@ impl Guest {
             rigs,
             devices: Vec::new(),
             memory_mib: 512,
+            memory_more: "",
             files: Vec::new(),
             arguments: Vec::new(),
+            reboots: false,
         }
+    }
+
+    /// Gives QEMU a machine protocol socket, and a slot for more memory.
+    #[must_use]
+    pub fn memory_slot(mut self, qmp: &Path) -> Self {
+        self.memory_more = ",slots=1,maxmem=2G";
+        self.arguments.extend([
+            "-qmp".to_owned(),
+            format!("unix:{},server=on,wait=off", qmp.display()),
+        ]);
+        self
+    }
+
+    /// Lets QEMU start the guest again when it reboots; the script then runs again, too.
+    #[must_use]
+    pub fn reboots(mut self) -> Self {
+        self.reboots = true;
+        self
     }
 
     /// Adds a device.
@@ -308,6 +331,7 @@ impl Guest {
     fn qemu_command(&self, kernel: Kernel, processors: u32) -> Result<Command> {
         let mut command = Command::new(self.rigs.path("qemu/qemu-system-x86_64"));
         let memory = self.memory_mib;
+        let more = self.memory_more;
         for firmware in ["qemu/usr/share/qemu", "qemu/usr/share/seabios"] {
             command.arg("-L").arg(self.rigs.path(firmware));
         }
@@ -326,7 +350,12 @@ impl Guest {
                 "-accel",
                 &accelerator(),
             ])
-            .args(["-smp", &processors.to_string(), "-m", &format!("{memory}M")])
+            .args([
+                "-smp",
+                &processors.to_string(),
+                "-m",
+                &format!("{memory}M{more}"),
+            ])
             .args([
                 "-object",
                 &format!("memory-backend-memfd,id=memory,size={memory}M,share=on"),
@@ -334,6 +363,9 @@ impl Guest {
             .args(["-serial", "stdio", "-kernel"])
             .arg(self.rigs.path(&format!("{}/vmlinuz", kernel.part())))
             .args(&self.arguments);
+        if !self.reboots {
+            command.arg("-no-reboot");
+        }
         for (number, device) in self.devices.iter().enumerate() {
             match device {
                 Device::VfioUser(socket) => {

@@ -10,27 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use ferry_tests::{Service, ServiceConfig, binary, can_mount, need, wait_until};
+use anyhow::{Context, Result, ensure};
+use ferry_tests::{Service, ServiceConfig, binary, can_mount, need, two_cpus, wait_until};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const BLOCK: usize = 4096;
-
-/// Two CPUs that this process may use.
-fn two_cpus() -> Result<[u32; 2]> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
-    let list = line.context("no list of CPUs")?.trim();
-    let mask: ferry_shared::cpumask::CpuMask =
-        format!("[{list}]").parse().map_err(anyhow::Error::msg)?;
-    match mask.cpus()[..] {
-        [first, second, ..] => Ok([first, second]),
-        _ => bail!("there are no two CPUs"),
-    }
-}
 
 /// A service on two CPUs, with an fsdev on a fresh directory.
 fn service(args: &[&str]) -> Result<(Service, [u32; 2])> {
@@ -48,22 +33,8 @@ fn service(args: &[&str]) -> Result<(Service, [u32; 2])> {
 
 /// The queues that run, by the numbers of their threads, and the CPU of each.
 fn queues(service: &Service) -> Result<Vec<(u64, u32)>> {
-    let answer = service.call("framework_get_reactors")?;
-    let mut all = Vec::new();
-    for reactor in answer["reactors"].as_array().context("no reactors")? {
-        let cpu = u32::try_from(reactor["lcore"].as_u64().context("no lcore")?)?;
-        for thread in reactor["lw_threads"].as_array().context("no threads")? {
-            let name = thread["name"].as_str().context("a thread without a name")?;
-            if !name.starts_with("core_") {
-                all.push((
-                    thread["id"].as_u64().context("a thread without an id")?,
-                    cpu,
-                ));
-            }
-        }
-    }
-    all.sort_unstable();
-    Ok(all)
+    let queues = service.queues()?.into_iter();
+    Ok(queues.map(|queue| (queue.thread, queue.cpu)).collect())
 }
 
 /// Writes and reads a file of its own until told to stop; every block must come back as it was written.

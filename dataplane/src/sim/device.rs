@@ -8,10 +8,10 @@ use std::collections::BTreeSet;
 use super::files::Files;
 use super::{Rng, between, fate};
 use crate::fsdev::IoOp;
-use crate::id::{CoreEvent, DeviceId};
+use crate::id::CoreEvent;
 use crate::mem::{IoVec, Segments};
 use crate::pool::{DATA_BUFFER_STRIDE, DataPool, Slab};
-use crate::reactor::{Job, Reactor, System};
+use crate::reactor::{Interrupted, Job, Reactor, System};
 use crate::slot::SlotBody;
 
 /// A transfer on a core's ring.
@@ -28,7 +28,7 @@ pub(super) struct World {
     ring_room: usize,
     pub(super) jobs: Vec<(u32, Job<Files>)>,
     pub(super) events: Vec<CoreEvent>,
-    pub(super) spread: Vec<u64>,
+    pub(super) spread: Vec<Interrupted>,
     /// Queues whose guest was interrupted.
     pub(super) interrupted: BTreeSet<usize>,
 }
@@ -54,8 +54,8 @@ impl System<Files> for World {
     fn report(&mut self, event: CoreEvent) {
         self.events.push(event);
     }
-    fn spread_interrupt(&mut self, _: DeviceId, unique: u64) {
-        self.spread.push(unique);
+    fn spread_interrupt(&mut self, interrupted: Interrupted) {
+        self.spread.push(interrupted);
     }
 }
 

@@ -143,6 +143,7 @@ mod tests {
     use crate::bench::drive::Sample;
     use core::time::Duration;
     use hdrhistogram::Histogram;
+    use std::time::Instant;
 
     fn sample(nanos: &[(u64, u64)]) -> Sample {
         let mut latency = Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("bounds");
@@ -181,9 +182,22 @@ mod tests {
         assert!(Disturbance::new("").is_err());
         assert!(Disturbance::new("'").is_err());
         assert!(Disturbance::new("/there/is/none").is_err());
-        let obeys = "sh -c 'trap \"exit 0\" TERM; while :; do :; done'";
-        let mut command = Disturbance::new(obeys).expect("starts");
-        assert_eq!(command.during(|| Ok(7)).expect("runs"), 7);
+        let ready = std::env::temp_dir().join(format!("ferry-disturb-{}", std::process::id()));
+        let obeys = format!(
+            "sh -c 'trap \"exit 0\" TERM; : > {}; while :; do :; done'",
+            ready.display()
+        );
+        let mut command = Disturbance::new(&obeys).expect("starts");
+        let until_ready = || {
+            let began = Instant::now();
+            while !ready.exists() {
+                assert!(began.elapsed() < Duration::from_secs(60), "it does not run");
+                std::thread::yield_now();
+            }
+            Ok(7)
+        };
+        assert_eq!(command.during(until_ready).expect("runs"), 7);
+        std::fs::remove_file(&ready).expect("was there");
         let fails = Disturbance::new("sh -c 'exit 1'").expect("starts");
         assert!(fails.end().is_err());
         command.end().expect("ends as it is told");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use ferry_dataplane::fuse::abi::*;
 use hdrhistogram::Histogram;
-use nix::time::ClockId;
+use nix::time::{ClockId, ClockNanosleepFlags, clock_nanosleep};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::client::{Created, read_in, release_in, write_in};
@@ -204,7 +204,7 @@ impl<'a> Load<'a> {
                 bail!("nothing has been completed for {} s", PATIENCE.as_secs());
             }
             if let Some(pace) = pace.as_ref().filter(|_| !in_flight) {
-                std::thread::sleep(Duration::from_nanos(pace.next.saturating_sub(window.now())));
+                pace.wait(window.now());
             }
         }
         (sample.wall, sample.cpu) = (window.wall, window.cpu);
@@ -503,6 +503,13 @@ impl Pace {
                 .flat_map(|(queue, of_queue)| (0..of_queue.len()).map(move |lane| (queue, lane)))
                 .collect(),
         }
+    }
+
+    /// Waits until the next operation is due; too short a wait only means another one.
+    fn wait(&self, now: u64) {
+        let left = Duration::from_nanos(self.next.saturating_sub(now));
+        let flags = ClockNanosleepFlags::empty();
+        let _ = clock_nanosleep(ClockId::CLOCK_MONOTONIC, flags, &left.into());
     }
 }
 

@@ -47,7 +47,11 @@ impl Standing {
     /// Runs in the new process.
     fn take(self) -> io::Result<()> {
         match self {
-            Standing::Cores(cpus) => Ok(cpus.keep_off(&[])?),
+            Standing::Cores(cpus) => {
+                // Where it is not allowed, nothing has been changed before either.
+                let _ = cpus.keep_off(&[]);
+                Ok(())
+            }
             Standing::Aside => {
                 // SAFETY: takes numbers, and no memory.
                 let set = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
