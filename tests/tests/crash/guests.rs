@@ -210,9 +210,6 @@ fn endures(guest: Guest, kind: Kind, seed: usize) -> Result<()> {
         Ok(())
     })();
     killed.with_context(|| format!("log of the service:\n{}", rig.service.log()))?;
-    let log = rig.service.log();
-    rig.finish()
-        .with_context(|| format!("log of the service:\n{log}"))?;
     pauses.sort_unstable();
     let at = |part: usize| pauses.get((pauses.len() * part).div_ceil(100).saturating_sub(1));
     let (files, opened) = kind.held();
@@ -223,7 +220,9 @@ fn endures(guest: Guest, kind: Kind, seed: usize) -> Result<()> {
         at(50),
         at(99)
     );
-    Ok(())
+    let log = rig.service.log();
+    rig.finish()
+        .with_context(|| format!("log of the service:\n{log}"))
 }
 
 /// A transport, and whether the rings are packed.
