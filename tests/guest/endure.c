@@ -17,7 +17,7 @@
 #include <sys/mman.h>
 #include <sys/statfs.h>
 
-enum { HELD = 65536, BLOCK = 4096, BLOCKS = 64, LISTED = 100 };
+enum { HELD = 65536, BLOCK = 4096, BLOCKS = 64, LISTED = 100, RECORDS = 4096 };
 
 /* Set when the others are to come to an end. */
 static volatile sig_atomic_t *stopped;
@@ -103,7 +103,7 @@ static void second_names(void)
 /* Each record must be there once, in order. */
 static void append(void)
 {
-	uint32_t written = 0, read_back;
+	uint32_t written = 0, read_back[RECORDS];
 	int fd = OK(open("log", O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644));
 	for (; !*stopped; written++) {
 		EQUAL(OK(write(fd, &written, sizeof written)), sizeof written);
@@ -111,9 +111,11 @@ static void append(void)
 			OK(fsync(fd));
 	}
 	EQUAL(stat_of("log").st_size, written * sizeof written);
-	for (uint32_t n = 0; n < written; n++) {
-		EQUAL(OK(pread(fd, &read_back, sizeof read_back, n * sizeof n)), sizeof read_back);
-		EQUAL(read_back, n);
+	for (uint32_t n = 0; n < written; n += RECORDS) {
+		unsigned count = written - n < RECORDS ? written - n : RECORDS;
+		EQUAL(OK(pread(fd, read_back, count * sizeof n, n * sizeof n)), count * sizeof n);
+		for (unsigned i = 0; i < count; i++)
+			EQUAL(read_back[i], n + i);
 	}
 	close(fd);
 	report("records", written);

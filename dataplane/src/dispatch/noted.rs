@@ -18,7 +18,9 @@ use crate::mem::Segments;
 use crate::recovery::journal::{Journal, Place};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Whether an operation notes what it does.
+/// Whether an operation notes what it does. The others may be executed twice: nobody has seen their first outcome, and the
+/// second execution leaves what one leaves. A lock is still its owner's, what was set or copied is set or copied again, and a
+/// file that is opened to be truncated is truncated by a SETATTR of its own.
 fn is_noted(opcode: u32) -> bool {
     matches!(
         opcode,

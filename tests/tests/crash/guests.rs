@@ -38,14 +38,14 @@ fn script(kind: Kind, seed: usize) -> String {
          mount -t virtiofs {TAG} /mnt || exit 1
          packed=$(cut -c35 /sys/bus/virtio/drivers/virtiofs/virtio*/features)
          [ $packed = {packed} ] || {{ echo packed rings: $packed; exit 1; }}
-         mkdir /mnt/work /mnt/fsx || exit 1
-         (n={seed}; until [ -e /mnt/work/progress -o -e /mnt/stop ]; do usleep 100000; done
+         mkdir /mnt/load /mnt/fsx || exit 1
+         (n={seed}; until [ -e /mnt/load/progress -o -e /mnt/stop ]; do usleep 100000; done
           while [ ! -e /mnt/stop ]; do
               n=$((n + 1)); /bin/fsx -N 300 -S $n -f /fsx.toml -P /tmp /mnt/fsx/file > /tmp/fsx.log 2>&1 || {{
                   echo fsx with seed $n; tail -n 50 /tmp/fsx.log; exit 1; }}
           done; echo fsx: $((n - {seed})) seeds) & fsx=$!
-         ln -s ../many /mnt/work/many; echo READY
-         /checks endure /mnt/work {seed} {files} {opened}; status=$?
+         ln -s ../many /mnt/load/many; echo READY
+         /checks endure /mnt/load {seed} {files} {opened}; status=$?
          touch /mnt/stop
          wait $fsx || status=1
          umount /mnt || status=1
@@ -86,7 +86,7 @@ impl Rig {
     /// How many answers the guest's first process has seen.
     fn answers(&self) -> Result<u64> {
         let mut count = [0; 8];
-        let path = self.export.join("work/progress");
+        let path = self.export.join("load/progress");
         let file = fs::File::open(&path).with_context(|| path.display().to_string())?;
         file.read_exact_at(&mut count, 0)?;
         Ok(u64::from_ne_bytes(count))
@@ -142,7 +142,7 @@ impl Rig {
             export,
             guest,
         } = self;
-        fs::write(export.join("work/stop"), "")?;
+        fs::write(export.join("load/stop"), "")?;
         let outcome = guest.wait(BOOT_LIMIT)?;
         println!("{}", outcome.output);
         ensure!(
@@ -151,7 +151,13 @@ impl Rig {
             outcome.output,
             outcome.dmesg
         );
-        for bad in ["BUG:", "WARNING:", "Oops", "blocked for more than", "rror"] {
+        for bad in [
+            "BUG:",
+            "WARNING:",
+            "Oops",
+            "blocked for more than",
+            "I/O error",
+        ] {
             ensure!(
                 !outcome.dmesg.contains(bad),
                 "the guest's kernel complains:\n{}",
@@ -159,10 +165,10 @@ impl Rig {
             );
         }
         for emptied in ["names-1", "names-2"] {
-            let left = fs::read_dir(export.join("work").join(emptied))?.count();
+            let left = fs::read_dir(export.join("load").join(emptied))?.count();
             ensure!(left == 0, "{left} names are left in {emptied}");
         }
-        let log = fs::read(export.join("work/log"))?;
+        let log = fs::read(export.join("load/log"))?;
         let mut numbers = log.as_chunks::<4>().0.iter().zip(0u32..);
         ensure!(
             numbers.all(|(found, wanted)| u32::from_ne_bytes(*found) == wanted),
@@ -204,9 +210,6 @@ fn endures(guest: Guest, kind: Kind, seed: usize) -> Result<()> {
         Ok(())
     })();
     killed.with_context(|| format!("log of the service:\n{}", rig.service.log()))?;
-    let log = rig.service.log();
-    rig.finish()
-        .with_context(|| format!("log of the service:\n{log}"))?;
     pauses.sort_unstable();
     let at = |part: usize| pauses.get((pauses.len() * part).div_ceil(100).saturating_sub(1));
     let (files, opened) = kind.held();
@@ -217,7 +220,9 @@ fn endures(guest: Guest, kind: Kind, seed: usize) -> Result<()> {
         at(50),
         at(99)
     );
-    Ok(())
+    let log = rig.service.log();
+    rig.finish()
+        .with_context(|| format!("log of the service:\n{log}"))
 }
 
 /// A transport, and whether the rings are packed.
