@@ -30,7 +30,7 @@ use core::sync::atomic::Ordering;
 
 pub use world::{Backend, DeviceShared, Job, System};
 
-use ferry_shared::counters::{CoreCounters, QueuePlace};
+use ferry_shared::counters::{CoreCounters, Finished, QueuePlace};
 use ferry_shared::trace::{CoreTrace, Point, Record};
 
 use crate::id::{DeviceId, QueueIdx, QueueKind};
@@ -41,6 +41,8 @@ use crate::virtio::queue::Queue;
 
 /// Requests that one queue may start in a turn before the next queue's turn.
 const BUDGET: u32 = 32;
+/// Answered requests that are counted together.
+const FINISHED: usize = 64;
 /// INTERRUPTs remembered that came before the request that they mean.
 const EARLY_INTERRUPTS: usize = 64;
 
@@ -149,8 +151,8 @@ pub struct Reactor<B, S: System<B>> {
     waiting: Vec<u32>,
     early_interrupts: heapless::Deque<(DeviceId, u64), EARLY_INTERRUPTS>,
     counters: Counters,
-    /// When the clock was last read: before a queue's first request of a turn, and after each request.
-    clock: u64,
+    /// Requests that are answered but not counted yet: the device, when it began, and what it was.
+    finished: heapless::Vec<(DeviceId, u64, Finished), FINISHED>,
     /// Where finished requests are counted for others to see.
     count_in: Option<CoreCounters>,
     /// Where traces are written.
@@ -174,7 +176,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             waiting: Vec::with_capacity(cap),
             early_interrupts: heapless::Deque::new(),
             counters: Counters::default(),
-            clock: 0,
+            finished: heapless::Vec::new(),
             count_in: None,
             trace: None,
         }
@@ -244,6 +246,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         for at in 0..queues {
             worked |= self.serve(at, sys);
         }
+        self.count_finished(sys);
         for at in 0..queues {
             self.publish(at, sys);
         }

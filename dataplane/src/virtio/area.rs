@@ -41,6 +41,7 @@ impl Area {
     }
 
     /// The address of `size` bytes at `offset`, if they lie inside and are aligned.
+    #[inline]
     fn at(&self, offset: usize, size: usize, align: usize) -> Option<NonNull<u8>> {
         let end = offset.checked_add(size)?;
         if end > self.len {
@@ -51,6 +52,7 @@ impl Area {
     }
 
     /// Copies `N` bytes in; zeros if they do not lie inside.
+    #[inline]
     pub(crate) fn read<const N: usize>(&self, offset: usize) -> [u8; N] {
         let mut out = [0; N];
         if let Some(host) = self.at(offset, N, 1) {
@@ -60,6 +62,7 @@ impl Area {
     }
 
     /// Has the processor fetch what is at `offset`, for a [`read`](Self::read) to come.
+    #[inline]
     pub(crate) fn prefetch(&self, offset: usize) {
         if let Some(host) = self.at(offset, 1, 1) {
             prefetch(host);
@@ -67,6 +70,7 @@ impl Area {
     }
 
     /// Copies bytes out, if they lie inside.
+    #[inline]
     pub(crate) fn write(&self, offset: usize, src: &[u8]) {
         if let Some(host) = self.at(offset, src.len(), 1) {
             copy_out(src, host);
@@ -74,6 +78,7 @@ impl Area {
     }
 
     /// Loads a little-endian number; 0 if it does not lie inside.
+    #[inline]
     pub(crate) fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
         let Some(host) = self.at(offset, 2, 2) else {
             return 0;
@@ -84,6 +89,7 @@ impl Area {
     }
 
     /// Stores a little-endian number.
+    #[inline]
     pub(crate) fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
         if let Some(host) = self.at(offset, 2, 2) {
             // SAFETY: as in `load_u16`.
@@ -93,6 +99,7 @@ impl Area {
     }
 
     /// Loads a little-endian number; 0 if it does not lie inside.
+    #[inline]
     pub(crate) fn load_u32(&self, offset: usize, order: Ordering) -> u32 {
         let Some(host) = self.at(offset, 4, 4) else {
             return 0;
@@ -103,6 +110,7 @@ impl Area {
     }
 
     /// Stores a little-endian number.
+    #[inline]
     pub(crate) fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
         if let Some(host) = self.at(offset, 4, 4) {
             // SAFETY: as in `load_u32`.

@@ -242,6 +242,7 @@ impl Queue {
     }
 
     /// The guest memory in use; what [`Chain::readable`] and [`Chain::writable`] of popped requests want.
+    #[inline]
     pub fn map(&self) -> &Arc<GuestMap> {
         &self.map
     }
@@ -284,17 +285,10 @@ impl Queue {
         popped
     }
 
+    #[inline]
     fn take(&mut self, chain: &mut Chain) -> Result<Option<Popped>, QueueError> {
         if let Some(parked) = self.parked.pop_front() {
-            for (i, &range) in parked.ranges.iter().enumerate() {
-                chain.push(range, i >= parked.readable)?;
-            }
-            let fault = chain.translate(&self.map);
-            let head = Head {
-                id: parked.id,
-                count: parked.count,
-            };
-            return Ok(Some(Popped { head, fault }));
+            return Queue::take_parked(&parked, &self.map, chain).map(Some);
         }
         let popped = match &mut self.ring {
             Ring::Split(ring) => ring.pop(&self.config, &self.map, chain)?,
@@ -309,8 +303,26 @@ impl Queue {
         }))
     }
 
+    #[cold]
+    fn take_parked(
+        parked: &Parked,
+        map: &GuestMap,
+        chain: &mut Chain,
+    ) -> Result<Popped, QueueError> {
+        for (i, &range) in parked.ranges.iter().enumerate() {
+            chain.push(range, i >= parked.readable)?;
+        }
+        let fault = chain.translate(map);
+        let head = Head {
+            id: parked.id,
+            count: parked.count,
+        };
+        Ok(Popped { head, fault })
+    }
+
     /// Gives a request back, `written` bytes of its writable buffers filled. The driver sees it after the next
     /// [`publish`](Self::publish).
+    #[inline]
     pub fn push_used(&mut self, head: Head, written: u32) {
         self.in_flight = self.in_flight.saturating_sub(1);
         match &mut self.ring {
@@ -367,6 +379,7 @@ impl Queue {
     }
 
     /// Whether [`pop`](Self::pop) has something to return.
+    #[inline]
     pub fn has_work(&self) -> bool {
         if self.failed {
             return false;
