@@ -179,12 +179,6 @@ pub(super) fn read_at(fd: i32, out: &mut [u8], at: u64) -> Result<usize, Errno> 
     check_size(unsafe { libc::pread(fd, out.as_mut_ptr().cast(), out.len(), at) })
 }
 
-/// The flags of an open file.
-pub(super) fn flags_of(fd: i32) -> Result<i32, Errno> {
-    // SAFETY: takes no pointer.
-    check(unsafe { libc::fcntl(fd, libc::F_GETFL) })
-}
-
 /// An unnamed file in a directory.
 pub(super) fn open_unnamed(dir: i32, flags: i32, mode: u32) -> Result<Fd, Errno> {
     open_beneath(dir, c".", (flags & !libc::O_CREAT) | libc::O_TMPFILE, mode)

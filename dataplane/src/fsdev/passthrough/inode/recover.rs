@@ -136,6 +136,7 @@ impl Inodes {
             });
             inode.mnt.store(mnt, Relaxed);
             inode.opens.store(0, Relaxed);
+            inode.spare.store(0, Relaxed);
             Some(inode.key().hash())
         });
         Ok(())
