@@ -6,15 +6,19 @@
 //!
 //! # What a request costs
 //!
-//! Instructions of a GETATTR on the `null` file system, indirect descriptors in a split ring, counted with callgrind
-//! (`tools/instructions` holds every operation to its budget):
+//! Instructions of a GETATTR on the `null` file system, four buffers in an indirect table of a split ring, counted with
+//! callgrind (`tools/instructions` holds every operation to its budget):
 //!
-//! | part | share | what is left of it |
+//! | part | instructions | what is left of it |
 //! | --- | --- | --- |
-//! | taking from the ring (`Queue::pop`) | 43 % | the look ahead that hides cache misses, and four checked translations |
-//! | parsing, running, replying (`dispatch::execute`) | 21 % | writing the reply where the guest may have scattered it: 8 % |
-//! | counting, giving back (`release`) | 6 % | one look at the clock |
-//! | the rest | 30 % | finding slot, queue and map again at each step, bounds checks |
+//! | taking from the ring (`Queue::pop`) | 850 | 506 for the table, read and translated in one pass; the rest looks ahead, to hide cache misses |
+//! | copying in (`take_in`), the turn's own work | 260 | the copy from two buffers; one publication a turn |
+//! | finding slot, buffers, queue and device (`get_buffers`, `run`) | 310 | each step finds them again, which keeps every access checked |
+//! | parsing, running, replying (`dispatch::execute`) | 460 | 130 for a reply that the guest may have scattered; decoded operations are moved twice |
+//! | giving back (`release`) | 120 | one entry in the used ring |
+//!
+//! Time is not counted for each request: the clock is read when a queue's requests are taken, and when all of a turn are
+//! answered, which is when the guest sees them.
 //!
 //! Instructions are not time: most of the latter goes to cache lines that the guest's processor has just written, which is
 //! why requests are fetched before they are popped (`SplitRing::look_ahead`).

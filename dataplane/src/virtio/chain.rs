@@ -16,7 +16,7 @@ use ferry_shared::limits::MAX_CHAIN;
 use serde::{Deserialize, Serialize};
 
 use super::queue::QueueError;
-use super::spec::DESC_SIZE;
+use super::spec::{DESC_SIZE, Desc, DescFlags};
 use crate::mem::{Fault, GuestMap, IoVec, Iova, Region, Segments, copy_in};
 
 /// Most pieces that a chain has: one per descriptor, and some for descriptors that cross the boundary of two regions.
@@ -174,6 +174,92 @@ impl Chain {
             self.ranges_readable = self.ranges_len;
         }
         Ok(())
+    }
+
+    /// Takes in a table as Linux writes it: in one region, its descriptors in order, each buffer in one region and not empty.
+    /// Looks at each descriptor once and translates it at once. `false`: it is another table, a bad one, or not the beginning of
+    /// the chain, and nothing has been taken.
+    #[inline]
+    pub(super) fn fill(&mut self, table: &IndirectTable<'_>) -> bool {
+        if self.ranges_len != 0 {
+            return false;
+        }
+        let filled = self.try_fill(table).is_some();
+        if !filled {
+            self.reset();
+        }
+        filled
+    }
+
+    #[inline]
+    fn try_fill(&mut self, table: &IndirectTable<'_>) -> Option<()> {
+        let host = table.host?;
+        let mut pieces = Pieces {
+            out: &mut self.pieces,
+            len: 0,
+            last: None,
+            bytes: 0,
+        };
+        let mut region: Option<&Region> = None;
+        let mut total = 0u32;
+        for (index, slot) in (0..table.entries).zip(self.ranges.iter_mut()) {
+            let mut bytes = [0; DESC_SIZE];
+            let offset = (index as usize).wrapping_mul(DESC_SIZE);
+            // SAFETY: `index` < `entries`, so the descriptor lies in the table, all of which is at `host`.
+            copy_in(unsafe { host.add(offset) }, &mut bytes);
+            let desc: Desc = zerocopy::transmute!(bytes);
+            let flags = DescFlags::from_bits_retain(desc.flags.get());
+            let range = Range {
+                iova: Iova(desc.addr.get()),
+                len: desc.len.get(),
+            };
+            let write = flags.contains(DescFlags::WRITE);
+            let inside = |r: &Region| r.host_of(range.iova, u64::from(range.len), write);
+            let mut at = region.and_then(inside);
+            if at.is_none() {
+                region = table.map.region(range.iova);
+                at = region.and_then(inside);
+            }
+            if flags.contains(DescFlags::INDIRECT) || range.len == 0 {
+                return None;
+            }
+            if write && self.ranges_readable == self.ranges_len {
+                // The first one that is writable.
+                self.pieces_readable = pieces.len;
+                self.readable = core::mem::take(&mut pieces.bytes);
+                pieces.last = None;
+            } else if !write && self.ranges_readable != self.ranges_len {
+                return None;
+            }
+            *slot = range;
+            total = total.checked_add(range.len)?;
+            pieces.add(at?, range.len as usize).ok()?;
+            self.ranges_len = self.ranges_len.saturating_add(1);
+            if !write {
+                self.ranges_readable = self.ranges_len;
+            }
+            if !flags.contains(DescFlags::NEXT) {
+                if !write {
+                    self.pieces_readable = pieces.len;
+                    self.readable = core::mem::take(&mut pieces.bytes);
+                }
+                self.writable = pieces.bytes;
+                self.pieces_len = pieces.len;
+                self.total = total;
+                self.map = table.map.id();
+                return Some(());
+            }
+            if u32::from(desc.next.get()) != index.wrapping_add(1) {
+                return None;
+            }
+        }
+        None
+    }
+
+    /// Whether the pieces behind the ranges are known.
+    #[inline]
+    pub(super) fn is_translated(&self, map: &GuestMap) -> bool {
+        self.map != 0 && self.map == map.id()
     }
 
     /// Finds the pieces behind the ranges. Both halves are tried, so that an error reply can be written when a readable

@@ -295,7 +295,10 @@ impl Queue {
             Ring::Packed(ring) => ring.pop(&self.config, &self.map, chain)?,
         };
         Ok(popped.map(|(head, walk)| {
-            let fault = chain.translate(&self.map);
+            let fault = match chain.is_translated(&self.map) {
+                true => None,
+                false => chain.translate(&self.map),
+            };
             Popped {
                 head,
                 fault: walk.map(ChainFault::Memory).or(fault),

@@ -353,6 +353,9 @@ fn walk(
                 return Err(QueueError::IndirectNested);
             }
             let next = open_indirect(config, map, flags, range)?;
+            if chain.fill(&next) {
+                return Ok(None);
+            }
             left = next.entries();
             table = Some(next);
             index = 0;
