@@ -9,6 +9,7 @@ use core::cell::RefCell;
 use core::cell::RefMut;
 use std::rc::Rc;
 
+use ferry_shared::affinity::Allowed;
 use ferry_shared::counters::Counters;
 use ferry_shared::errno::Errno;
 use ferry_shared::logging;
@@ -100,6 +101,8 @@ pub struct App {
     store: RefCell<Option<Store>>,
     /// Whether the model may differ from what is kept.
     dirty: Cell<bool>,
+    /// The CPUs to choose from, if the process keeps off those of the data plane's cores.
+    cpus: Cell<Option<Allowed>>,
     log: RefCell<LogSettings>,
     notifications: RefCell<Notifications>,
     baselines: RefCell<Baselines>,
@@ -125,6 +128,7 @@ impl App {
             allowed,
             store: RefCell::default(),
             dirty: Cell::new(false),
+            cpus: Cell::default(),
             log: RefCell::default(),
             notifications: RefCell::default(),
             baselines: RefCell::default(),
@@ -153,6 +157,24 @@ impl App {
     /// From now on every accepted change is kept before it is acknowledged.
     pub fn keep_in(&self, store: Store) {
         *self.store.borrow_mut() = Some(store);
+    }
+
+    /// From now on the calling thread keeps off the CPUs of the data plane's cores, whose requests it must not delay.
+    pub fn keep_off_cores(&self) -> nix::Result<()> {
+        self.cpus.set(Some(Allowed::now()?));
+        Ok(())
+    }
+
+    fn leave_cores(&self, items: &[Item]) {
+        let service = items.iter().find_map(|item| match item {
+            Item::Service(service) => Some(service),
+            _ => None,
+        });
+        if let (Some(cpus), Some(service)) = (self.cpus.get(), service)
+            && let Err(error) = cpus.keep_off(&service.cores)
+        {
+            tracing::warn!(%error, "cannot keep off the CPUs of the data plane's cores");
+        }
     }
 
     /// Keeps what has changed. Without a store there is nothing to do.
@@ -484,6 +506,7 @@ impl App {
             link.call(Command::SetLog(settings.spec())).await?;
         }
         let items = snapshot(&*link).await?;
+        self.leave_cores(&items);
         // Nothing is awaited between this and the taking of the link, so the start cannot pass in between.
         if *self.phase.borrow() == Phase::Startup {
             self.model.borrow_mut().note_platform(&items);

@@ -119,6 +119,8 @@ struct Initial {
 
 async fn serve(options: Options) -> anyhow::Result<ExitCode> {
     let app = App::new(options.rpcs_allowed);
+    app.keep_off_cores()
+        .context("cannot learn which CPUs there are")?;
     // Container templates set variables to nothing.
     let given = |path: &&PathBuf| !path.as_os_str().is_empty();
     let entries = match options.config.as_ref().filter(given) {

@@ -27,7 +27,7 @@ use crate::mailbox::Mailbox;
 use crate::mem::GuestMap;
 use crate::os::arena::{Arena, Pages};
 use crate::os::eventfd::EventFd;
-use crate::reactor::{Backend, DeviceShared, StartQueue};
+use crate::reactor::{Backend, DeviceShared, Interrupted, StartQueue};
 use crate::slot::SlotBody;
 use crate::virtio::queue::{Queue, QueueState};
 use crew::{Crew, Ground};
@@ -83,10 +83,7 @@ enum CoreMessage<B> {
         slot: u32,
         outcome: Outcome,
     },
-    Interrupt {
-        device: DeviceId,
-        unique: u64,
-    },
+    Interrupt(Interrupted),
     Ping,
     Quit,
 }

@@ -22,7 +22,7 @@ use ferry_shared::limits::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::fsdev::{Caller, FsDev, Io, IoOp, IoResult, Pin};
+use crate::fsdev::{Caller, DirSink, FsDev, Io, IoOp, IoResult, Pin};
 use crate::fuse::abi::{
     FUSE_BATCH_FORGET, FUSE_GETATTR_FH, FUSE_GETXATTR, FUSE_INIT, FUSE_IOCTL,
     FUSE_IOCTL_UNRESTRICTED, FUSE_LISTXATTR, FUSE_NOTIFY_REPLY, FUSE_READDIR, FUSE_READDIRPLUS,
@@ -571,8 +571,12 @@ impl<F: FsDev> Call<'_, F> {
     fn readdir(&self, arg: fuse_read_in, plus: bool, scratch: &mut [u8]) -> Result<Outcome, Errno> {
         let room = self.reply.room().min(arg.size as usize).min(scratch.len());
         let mut listing = Listing::new(scratch.get_mut(..room).unwrap_or_default());
-        self.fs
-            .readdir(&self.caller, self.nodeid, &arg, plus, &mut listing)?;
+        let fill =
+            |sink: &mut dyn DirSink| self.fs.readdir(&self.caller, self.nodeid, &arg, plus, sink);
+        if plus && self.caller.journal.is_on() {
+            return Ok(Outcome::Done(self.list(listing, fill)?));
+        }
+        fill(&mut listing)?;
         Ok(Outcome::Done(self.reply.bytes(listing.finish()?)))
     }
 }

@@ -28,7 +28,7 @@ pub struct QueueStart {
     /// Interrupts the driver; `None` while the driver takes no interrupts for this queue.
     pub call: Option<Arc<EventFd>>,
     /// vhost-user's in-flight record of the queue, when the front end keeps one.
-    pub inflight: Option<crate::virtio::inflight::InflightQueue>,
+    pub inflight: Option<crate::virtio::inflight::Inflight>,
 }
 
 /// What a transport may ask of the cores. Each call returns at once.

@@ -16,8 +16,8 @@ use crate::recovery;
 use crate::recovery::placed::Placed;
 use crate::recovery::region::{Region, RegionError};
 
-/// The first byte of every record: how the rest is written.
-const VERSION: u8 = 1;
+/// The first byte of every record: how the rest is written. Any change of a struct that is kept raises it.
+pub(crate) const VERSION: u8 = 2;
 /// What the keys of records begin with that are kept through here.
 const KINDS: [&str; 6] = [
     "firmware/",

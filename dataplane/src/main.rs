@@ -20,6 +20,7 @@ use ferry_dataplane::os::signal::Signals;
 use ferry_dataplane::platform::{Platform, firmware};
 use ferry_dataplane::pool::DATA_BUFFER_STRIDE;
 use ferry_dataplane::service::Service;
+use ferry_shared::affinity::Allowed;
 use ferry_shared::cpumask::CpuMask;
 use ferry_shared::handshake::server::Listener;
 use ferry_shared::limits::MIN_BUFFERS_PER_CORE;
@@ -149,6 +150,7 @@ fn run(options: Options) -> anyhow::Result<()> {
         buffers,
     };
     let cores = CoreSet::start(&core_options, &mut arena).context("cannot start the cores")?;
+    keep_off(&cpus);
     let counters = cores.counters_file().try_clone_to_owned();
     listener.share_counters(counters.context("cannot share the counters")?);
     poller.add(cores.event_fd(), CORES)?;
@@ -177,6 +179,13 @@ fn run(options: Options) -> anyhow::Result<()> {
     tracing::info!(run_dir = %run_dir.display(), cpumask = %options.cpumask, buffers, "ready");
     let watchdog = Watchdog::new(&keeper);
     serve(service, control, &poller, &signals, watchdog)
+}
+
+/// Keeps this thread, which has to do with sockets and with control planes that come and go, from taking time of the cores.
+fn keep_off(cpus: &[u32]) {
+    if let Err(error) = Allowed::now().and_then(|allowed| allowed.keep_off(cpus)) {
+        tracing::warn!(%error, "the management thread cannot be kept off the cores' CPUs and may delay requests");
+    }
 }
 
 /// The service manager's watchdog. It hears from this process only while the management thread and every core go on.

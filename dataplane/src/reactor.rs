@@ -32,7 +32,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
-pub use world::{Backend, DeviceShared, Job, System};
+pub use world::{Backend, DeviceShared, Interrupted, Job, System};
 
 use ferry_shared::counters::{CoreCounters, Finished, QueuePlace};
 use ferry_shared::trace::{CoreTrace, Point, Record};
@@ -153,10 +153,10 @@ pub struct Reactor<B, S: System<B>> {
     unsubmitted: VecDeque<u32>,
     /// SETLKW requests that wait for a lock.
     waiting: Vec<u32>,
-    early_interrupts: heapless::Deque<(DeviceId, u64), EARLY_INTERRUPTS>,
+    early_interrupts: heapless::Deque<Interrupted, EARLY_INTERRUPTS>,
     counters: Counters,
-    /// Requests that are answered but not counted yet: the device, when it began, and what it was.
-    finished: heapless::Vec<(DeviceId, u64, Finished), FINISHED>,
+    /// Requests that are answered but not counted yet: device and queue, when it began, and what it was.
+    finished: heapless::Vec<(DeviceId, u32, u64, Finished), FINISHED>,
     /// Where finished requests are counted for others to see.
     count_in: Option<CoreCounters>,
     /// Where traces are written.

@@ -6,30 +6,32 @@
 //! cores, when the guest looks. The guest looks only when it was interrupted, and a sleeping core wakes only by a kick or a
 //! completion, so a lost notification shows as a run that gets stuck. The same seed gives the same run.
 //!
+//! A run with crashes also has the process die before any store to memory that outlives it, or between two steps; what is left
+//! is guest memory, the recovery memory and the file system, and another process goes on with that ([`crash`]). The tasks
+//! notice nothing. Processes with known bugs ([`fate`]) show that this would find them.
+//!
 //! `FERRY_SIM_SEEDS=FIRST..END cargo test -p ferry-dataplane --release simulation` runs others than the committed ones.
-// UNSAFETY: makes a data pool, and plays the kernel that transfers data.
-#![expect(unsafe_code, reason = "plays the kernel that transfers data")]
 
+mod crash;
+mod device;
+pub(crate) mod fate;
 mod files;
 mod guest;
 
-use core::ptr::NonNull;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ferry_shared::counters::QueuePlace;
 use zerocopy::{FromBytes, IntoBytes};
 
+use self::crash::Kept;
+use self::device::Core;
+use self::fate::Bug;
 use self::files::{Faults, Files};
 use self::guest::{Task, Wish};
-use crate::fsdev::IoOp;
 use crate::fuse::abi::*;
-use crate::fuse::session::Session;
 use crate::id::{CoreEvent, DeviceId, QueueIdx, QueueKind};
-use crate::mem::{IoVec, Segments};
-use crate::pool::{DATA_BUFFER_STRIDE, DataPool, Slab};
-use crate::reactor::{DeviceShared, Job, Reactor, StartQueue, System};
-use crate::slot::SlotBody;
+use crate::reactor::{DeviceShared, StartQueue};
 use crate::virtio::queue::{Queue, QueueConfig};
 use crate::virtio::testmem::{Buf, Driver, Ram};
 
@@ -39,6 +41,8 @@ const REQUESTS: u32 = 300;
 /// Steps after which a run that should have ended is stuck.
 const STUCK: u32 = 100_000;
 const MEMORY: usize = 32 << 20;
+/// Seeds among which one must find a bug.
+const SEEDS_FOR_A_BUG: u64 = 1000;
 
 /// A small generator of numbers (SplitMix64), so that a seed means the same for ever.
 #[derive(Clone, Debug)]
@@ -62,58 +66,6 @@ impl Rng {
     fn one_in(&mut self, n: u64) -> bool {
         n != 0 && self.below(n) == 0
     }
-}
-
-/// A transfer on a core's ring.
-struct Flight {
-    slot: u32,
-    op: IoOp,
-    pieces: Vec<IoVec>,
-}
-
-/// The world of one core.
-#[derive(Default)]
-struct World {
-    ring: Vec<Flight>,
-    ring_room: usize,
-    jobs: Vec<(u32, Job<Files>)>,
-    events: Vec<CoreEvent>,
-    spread: Vec<u64>,
-    /// Queues whose guest was interrupted.
-    interrupted: BTreeSet<usize>,
-}
-
-impl System<Files> for World {
-    type Call = usize;
-
-    fn interrupt(&mut self, queue: &usize) {
-        self.interrupted.insert(*queue);
-    }
-    fn submit(&mut self, slot: u32, op: IoOp, iovecs: &[IoVec]) -> bool {
-        let room = self.ring.len() < self.ring_room;
-        if room {
-            let pieces = iovecs.to_vec();
-            self.ring.push(Flight { slot, op, pieces });
-        }
-        room
-    }
-    fn offload(&mut self, slot: u32, job: Job<Files>) {
-        self.jobs.push((slot, job));
-    }
-    fn report(&mut self, event: CoreEvent) {
-        self.events.push(event);
-    }
-    fn spread_interrupt(&mut self, _: DeviceId, unique: u64) {
-        self.spread.push(unique);
-    }
-}
-
-struct Core {
-    reactor: Reactor<Files, World>,
-    world: World,
-    asleep: bool,
-    /// What the pool consists of; dropped after the reactor.
-    _memory: Vec<u8>,
 }
 
 /// A request in the hands of the device.
@@ -147,16 +99,19 @@ struct Sim {
     /// INTERRUPTs that came before the driver had a number for them are not sent twice.
     interrupted: BTreeSet<u64>,
     started: u32,
+    /// What outlives a process, in a run with crashes.
+    kept: Option<Kept>,
 }
 
 impl Sim {
-    fn new(seed: u64) -> Sim {
+    fn new(seed: u64, crashes: bool) -> Sim {
         let mut rng = Rng(seed);
         let rarely = |rng: &mut Rng| [0, 0, 3, 10, 40][rng.below(5) as usize];
         let faults = Faults {
             refuse: [0, 8, 30][rng.below(3) as usize],
             short: rarely(&mut rng),
-            eio: rarely(&mut rng),
+            // A write that was carried out once and then fails is not what a device without crashes does.
+            eio: if crashes { 0 } else { rarely(&mut rng) },
             again: rarely(&mut rng),
         };
         let offloadable = [
@@ -169,8 +124,8 @@ impl Sim {
         ];
         let offload = offloadable.into_iter().filter(|_| rng.one_in(3)).collect();
         let files = Arc::new(Files::new(rng.draw(), faults, offload));
-        let session = Session::default();
-        let shared = Arc::new(DeviceShared::new(session, Some(Arc::clone(&files))));
+        let kept = crashes.then(Kept::new);
+        let shared = crash::shared(kept.as_ref(), &files, 1);
         let cores = (0..between(&mut rng, 1, 3))
             .map(|_| Core::new(&mut rng))
             .collect();
@@ -200,6 +155,7 @@ impl Sim {
             last_unique: 0,
             interrupted: BTreeSet::new(),
             started: 0,
+            kept,
         };
         sim.mount();
         sim
@@ -236,11 +192,13 @@ impl Sim {
         let queue = &mut self.queues[at];
         let Err(config) = &queue.at else { return };
         let map = queue.driver.ram.map();
+        let packed = queue.driver.config.packed;
+        let record = self.kept.as_ref().map(|kept| kept.record(at, packed));
         let start = StartQueue {
             device: DEVICE,
             index: QueueIdx(at as u16),
             kind: QueueKind::Request,
-            queue: Queue::new(config.clone(), &map, None).expect("a good ring"),
+            queue: Queue::new(config.clone(), &map, record).expect("a good ring"),
             call: Some(at),
             shared: Arc::clone(&self.shared),
             place: QueuePlace::default(),
@@ -300,7 +258,7 @@ impl Sim {
         if driver.must_kick(back)
             && let Ok(core) = queue.at
         {
-            self.cores[core].wake();
+            self.or_die(|sim| sim.cores[core].wake());
         }
     }
 
@@ -412,8 +370,10 @@ impl Sim {
         assert!(*steps < STUCK, "stuck: {}", self.describe());
         let at = self.rng.below(self.cores.len() as u64) as usize;
         let files = Arc::clone(&self.files);
-        self.cores[at].step(&mut self.rng, &files);
-        self.hear(at);
+        self.or_die(|sim| {
+            sim.cores[at].step(&mut sim.rng, &files);
+            sim.hear(at);
+        });
         let queue = self.rng.below(self.queues.len() as u64) as usize;
         let mut interrupted = false;
         for core in &mut self.cores {
@@ -440,12 +400,11 @@ impl Sim {
                 CoreEvent::MemoryReplaced { .. } | CoreEvent::Mounted { .. } => {}
             }
         }
-        for unique in core::mem::take(&mut self.cores[at].world.spread) {
+        for interrupted in core::mem::take(&mut self.cores[at].world.spread) {
             for other in (0..self.cores.len()).filter(|other| *other != at) {
                 let core = &mut self.cores[other];
                 core.wake();
-                core.reactor
-                    .interrupt_request(DEVICE, unique, &mut core.world);
+                core.reactor.interrupt_request(interrupted, &mut core.world);
             }
         }
     }
@@ -473,11 +432,14 @@ impl Sim {
     fn run(&mut self) {
         let mut steps = 0;
         while self.started < REQUESTS {
+            if self.kept.is_some() && self.rng.one_in(200) {
+                self.choose_an_end();
+            }
             match self.rng.below(40) {
                 0..12 => self.ask(false),
                 12 => self.interrupt(),
-                13 if self.rng.one_in(4) => self.pause_or_resume(),
-                14 if self.rng.one_in(8) => self.replace_memory(),
+                13 if self.rng.one_in(4) => self.or_die(Sim::pause_or_resume),
+                14 if self.rng.one_in(8) => self.or_die(Sim::replace_memory),
                 // Locks that are held keep everybody else waiting.
                 15 => {
                     let gives_back = self.rng.one_in(4);
@@ -493,9 +455,11 @@ impl Sim {
     fn wind_up(&mut self) {
         let mut steps = 0;
         while !self.is_over() {
-            for at in 0..self.queues.len() {
-                self.start(at);
-            }
+            self.or_die(|sim| {
+                for at in 0..sim.queues.len() {
+                    sim.start(at);
+                }
+            });
             self.ask(true);
             self.step_of_the_device(&mut steps);
         }
@@ -536,78 +500,6 @@ fn pieces(rng: &mut Rng, len: usize) -> Vec<core::ops::Range<usize>> {
     cuts.windows(2).map(|w| w[0]..w[1]).collect()
 }
 
-impl Core {
-    fn new(rng: &mut Rng) -> Core {
-        let (slots, buffers) = (between(rng, 2, 16) as u32, between(rng, 1, 3) as u32);
-        let mut memory = vec![0u8; buffers as usize * DATA_BUFFER_STRIDE];
-        let base = NonNull::new(memory.as_mut_ptr()).expect("not empty");
-        // SAFETY: it has room for `buffers` buffers, lives as long as the core, and nothing else refers to it.
-        let pool = unsafe { DataPool::new(base, buffers, None) };
-        let bodies = Slab::on_heap((0..slots).map(|_| SlotBody::new()));
-        Core {
-            reactor: Reactor::new(bodies, pool, 8),
-            world: World {
-                ring_room: between(rng, 1, 8) as usize,
-                ..Default::default()
-            },
-            asleep: false,
-            _memory: memory,
-        }
-    }
-
-    fn wake(&mut self) {
-        if core::mem::take(&mut self.asleep) {
-            self.reactor.disarm();
-        }
-    }
-
-    /// One thing that can happen on this core.
-    fn step(&mut self, rng: &mut Rng, files: &Files) {
-        match rng.below(6) {
-            0 if !self.world.ring.is_empty() => {
-                let at = rng.below(self.world.ring.len() as u64) as usize;
-                let flight = self.world.ring.swap_remove(at);
-                let result = carry_out(files, &flight);
-                self.wake();
-                self.reactor.io_done(flight.slot, result, &mut self.world);
-            }
-            1 if !self.world.jobs.is_empty() => {
-                let at = rng.below(self.world.jobs.len() as u64) as usize;
-                let (slot, job) = self.world.jobs.swap_remove(at);
-                let outcome = job.run();
-                self.wake();
-                self.reactor.offload_done(slot, outcome, &mut self.world);
-            }
-            2 if self.reactor.has_waiting() => {
-                self.wake();
-                self.reactor.poll_locks(&mut self.world);
-            }
-            _ if self.asleep => {}
-            _ => {
-                let worked = self.reactor.turn(&mut self.world);
-                if !worked && !self.reactor.has_unsubmitted() {
-                    self.asleep = self.reactor.arm();
-                    if !self.asleep {
-                        self.reactor.disarm();
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// What the kernel does with a transfer.
-fn carry_out(files: &Files, flight: &Flight) -> i32 {
-    // SAFETY: the pieces lie in guest memory, which the queue holds until the completion.
-    let all = unsafe { Segments::new(&flight.pieces) };
-    let mut segments: Vec<&mut [u8]> = all
-        .iter()
-        // SAFETY: nobody else touches them until then.
-        .map(|(base, len)| unsafe { core::slice::from_raw_parts_mut(base.as_ptr(), len) })
-        .collect();
-    files.transfer(flight.op, &mut segments)
-}
-
 /// The seeds to run.
 fn seeds() -> core::ops::Range<u64> {
     let Ok(text) = std::env::var("FERRY_SIM_SEEDS") else {
@@ -617,10 +509,42 @@ fn seeds() -> core::ops::Range<u64> {
     first.parse().expect("a number")..end.parse().expect("a number")
 }
 
+/// Runs a seed with a bug, or without one.
+fn run(seed: u64, crashes: bool, bug: Option<Bug>) -> std::thread::Result<()> {
+    fate::give(bug);
+    let run = std::panic::catch_unwind(|| Sim::new(seed, crashes).run());
+    fate::arm(0);
+    fate::give(None);
+    run
+}
+
 #[test]
 fn every_seed_of_the_simulation_keeps_the_rules() {
     for seed in seeds() {
-        let run = std::panic::catch_unwind(|| Sim::new(seed).run());
+        let run = run(seed, false, None);
         assert!(run.is_ok(), "FERRY_SIM_SEEDS={seed}..{}", seed + 1);
+    }
+}
+
+#[test]
+fn every_seed_of_the_simulation_with_crashes_keeps_the_rules() {
+    for seed in seeds() {
+        let run = run(seed, true, None);
+        assert!(run.is_ok(), "FERRY_SIM_SEEDS={seed}..{}", seed + 1);
+    }
+}
+
+#[test]
+fn the_simulation_with_crashes_finds_every_bug_in_few_seeds() {
+    for bug in [
+        Bug::FactsLate,
+        Bug::ClearedEarly,
+        Bug::EntrySkipped,
+        Bug::ForgetDoubled,
+        Bug::IntentIgnored,
+    ] {
+        let found = (0..SEEDS_FOR_A_BUG).find(|seed| run(*seed, true, Some(bug)).is_err());
+        println!("{bug:?}: seed {found:?}");
+        assert!(found.is_some(), "nobody has noticed {bug:?}");
     }
 }

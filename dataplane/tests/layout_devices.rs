@@ -144,6 +144,10 @@ fn numbers_of_virtio_are_the_kernels() {
             Features::NOTIFICATION_DATA.bits(),
             "VIRTIO_F_NOTIFICATION_DATA",
         ),
+        (
+            Features::NOTIF_CONFIG_DATA.bits(),
+            "VIRTIO_F_NOTIF_CONFIG_DATA",
+        ),
         (Features::RING_RESET.bits(), "VIRTIO_F_RING_RESET"),
         (DescFlags::AVAIL.bits().into(), "VRING_PACKED_DESC_F_AVAIL"),
         (DescFlags::USED.bits().into(), "VRING_PACKED_DESC_F_USED"),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ferry_dataplane::mem::{GuestMap, Iova, Mapping, Region, Segments};
 use ferry_dataplane::virtio::chain::Chain;
-use ferry_dataplane::virtio::inflight::InflightQueue;
+use ferry_dataplane::virtio::inflight::Inflight;
 use ferry_dataplane::virtio::queue::{Popped, Queue, QueueConfig, QueueState};
 use ferry_shared::limits::MAX_CHAIN;
 
@@ -179,7 +179,7 @@ impl World {
         };
         let record = map(&Pages::new(1), &[(0, 0, true)]);
         let inflight = (features & 4 != 0)
-            .then(|| InflightQueue::new(&record, 0, SIZE).expect("room for one queue"));
+            .then(|| Inflight::new(&record, 0, SIZE, packed).expect("room for one queue"));
         let queue = Queue::new(config, &guest, inflight).ok()?;
         let used = USED as usize;
         let ours = if packed {

@@ -34,8 +34,8 @@ const CORES: usize = TABLE + TABLE_WORDS;
 const OP: usize = 4 + BUCKETS;
 const DEVICE: usize = 8 + OPCODES * OP;
 const CORE: usize = (DEVICES_AT + DEVICES * DEVICE).next_multiple_of(PAGE);
-/// Per queue: see [`QueueWord`], and then the mask of the CPUs that it may be served on.
-const QUEUE: usize = 32;
+/// Per queue: see [`QueueWord`], the mask of the CPUs that it may be served on, and the histogram of its latencies.
+const QUEUE: usize = 64;
 const QUEUES_AT: usize = PAGE;
 const DEVICES_AT: usize = QUEUES_AT + (QUEUES * QUEUE).next_multiple_of(PAGE);
 const MASK_WORDS: usize = MASK_CPUS / 64;
@@ -54,10 +54,27 @@ enum QueueWord {
     Idle,
     CoreRequests,
     Turns,
+    Errors,
+    Read,
+    Written,
+    Nanos,
+    SlotWaits,
+    BufferWaits,
     Mask,
 }
 
-const _: () = assert!(QueueWord::Mask as usize + MASK_WORDS <= QUEUE);
+/// Where its histogram is.
+const QUEUE_BUCKETS: usize = QueueWord::Mask as usize + MASK_WORDS;
+const _: () = assert!(QUEUE_BUCKETS + BUCKETS <= QUEUE);
+
+/// What a queue waits for when it cannot go on: back-pressure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueWait {
+    /// A slot for its next request.
+    Slot,
+    /// Data buffers for a request.
+    Buffers,
+}
 
 /// CPUs by their numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -284,8 +301,20 @@ impl CoreCounters {
         let own = |counter: CoreCounter| load(self.core, counter as usize);
         set(QueueWord::Device, u64::from(place.device));
         set(QueueWord::Index, u64::from(place.index));
-        set(QueueWord::Requests, 0);
-        set(QueueWord::Rounds, 0);
+        for word in [
+            QueueWord::Requests,
+            QueueWord::Rounds,
+            QueueWord::Errors,
+            QueueWord::Read,
+            QueueWord::Written,
+            QueueWord::Nanos,
+            QueueWord::SlotWaits,
+            QueueWord::BufferWaits,
+        ] {
+            set(word, 0);
+        }
+        let buckets = self.queue_word(at, QueueWord::Thread) + QUEUE_BUCKETS;
+        (buckets..buckets + BUCKETS).for_each(|word| store(self.core, word, 0));
         set(QueueWord::Busy, own(CoreCounter::Busy));
         set(QueueWord::Idle, own(CoreCounter::Idle));
         set(QueueWord::CoreRequests, own(CoreCounter::Requests));
@@ -312,6 +341,15 @@ impl CoreCounters {
         add(self.core, self.queue_word(at, QueueWord::Rounds), 1);
     }
 
+    /// Takes note that the queue in place `at` has to wait.
+    pub fn queue_waits(&self, at: usize, what: QueueWait) {
+        let word = match what {
+            QueueWait::Slot => QueueWord::SlotWaits,
+            QueueWait::Buffers => QueueWord::BufferWaits,
+        };
+        add(self.core, self.queue_word(at, word), 1);
+    }
+
     /// Takes note that the queue in place `at` has gone.
     pub fn queue_gone(&self, at: usize) {
         store(self.core, self.queue_word(at, QueueWord::Thread), 0);
@@ -322,8 +360,8 @@ impl CoreCounters {
         load(self.table, TABLE + place(id) * ENTRY) == u64::from(id)
     }
 
-    /// Counts a request of a device that has a place.
-    pub fn finished(&self, id: u32, request: Finished) {
+    /// Counts a request of a device that has a place, from the queue in place `at`.
+    pub fn finished(&self, id: u32, at: usize, request: Finished) {
         let Finished {
             opcode,
             error,
@@ -338,7 +376,20 @@ impl CoreCounters {
         add(self.core, op, 1);
         add(self.core, op + 1, u64::from(error));
         add(self.core, op + 2, ns);
-        add(self.core, op + 4 + bucket(ns), 1);
+        let bucket = bucket(ns);
+        add(self.core, op + 4 + bucket, 1);
+        let queue = self.queue_word(at, QueueWord::Thread);
+        add(self.core, queue + QueueWord::Nanos as usize, ns);
+        add(self.core, queue + QUEUE_BUCKETS + bucket, 1);
+        for (word, value) in [
+            (QueueWord::Errors, u64::from(error)),
+            (QueueWord::Read, read),
+            (QueueWord::Written, written),
+        ] {
+            if value > 0 {
+                add(self.core, queue + word as usize, value);
+            }
+        }
     }
 }
 
@@ -363,6 +414,16 @@ pub struct CountedQueue {
     pub place: QueuePlace,
     /// Requests taken from it here.
     pub requests: u64,
+    /// What has been answered of them, whatever the operation.
+    pub answered: OpTotals,
+    /// Bytes read by the guest.
+    pub read: u64,
+    /// Bytes written by the guest.
+    pub written: u64,
+    /// Times that it waited for a slot.
+    pub slot_waits: u64,
+    /// Times that a request of it waited for data buffers.
+    pub buffer_waits: u64,
     /// Rounds of the core that found requests in it.
     pub rounds: u64,
     /// Rounds of the core since it was given the queue.
@@ -452,6 +513,8 @@ impl<'a> Reader<'a> {
         let of = since(CoreCounter::Requests, QueueWord::CoreRequests).max(requests);
         let share = u128::from(busy) * u128::from(requests) / u128::from(of.max(1));
         let share = u64::try_from(share).unwrap_or(busy);
+        let buckets = entry + QUEUE_BUCKETS;
+        let buckets = core::array::from_fn(|at| load(self.0, buckets + at));
         Some(CountedQueue {
             place: QueuePlace {
                 thread,
@@ -460,6 +523,18 @@ impl<'a> Reader<'a> {
                 allowed: CpuSet(core::array::from_fn(|at| load(self.0, mask + at))),
             },
             requests,
+            answered: OpTotals {
+                requests: buckets
+                    .iter()
+                    .fold(0, |sum, count| sum.wrapping_add(*count)),
+                errors: word(QueueWord::Errors),
+                ns: word(QueueWord::Nanos),
+                buckets,
+            },
+            read: word(QueueWord::Read),
+            written: word(QueueWord::Written),
+            slot_waits: word(QueueWord::SlotWaits),
+            buffer_waits: word(QueueWord::BufferWaits),
             rounds: word(QueueWord::Rounds),
             turns: since(CoreCounter::Turns, QueueWord::Turns),
             busy: share,

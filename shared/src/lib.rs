@@ -8,6 +8,8 @@ extern crate alloc;
 /// Exit status of a control plane that an operator has asked by RPC to end, and with it the whole service.
 pub const EXIT_ASKED: u8 = 3;
 
+#[cfg(all(feature = "std", not(loom)))]
+pub mod affinity;
 pub mod counters;
 #[cfg(feature = "std")]
 pub mod cpumask;

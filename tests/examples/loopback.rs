@@ -14,7 +14,7 @@ use ferry_dataplane::fuse::session::Session;
 use ferry_dataplane::id::{CoreEvent, DeviceId, QueueIdx, QueueKind};
 use ferry_dataplane::mem::{GuestMap, IoVec, Iova, Region};
 use ferry_dataplane::pool::{DATA_BUFFER_STRIDE, DataPool, Slab};
-use ferry_dataplane::reactor::{DeviceShared, Job, Reactor, StartQueue, System};
+use ferry_dataplane::reactor::{DeviceShared, Interrupted, Job, Reactor, StartQueue, System};
 use ferry_dataplane::slot::SlotBody;
 use ferry_dataplane::virtio::queue::{Queue, QueueConfig, QueueState};
 use ferry_dataplane::virtio::spec::{Desc, DescFlags};
@@ -49,7 +49,7 @@ impl System<Null> for Nothing {
     }
     fn offload(&mut self, _: u32, _: Job<Null>) {}
     fn report(&mut self, _: CoreEvent) {}
-    fn spread_interrupt(&mut self, _: DeviceId, _: u64) {}
+    fn spread_interrupt(&mut self, _: Interrupted) {}
 }
 
 /// The guest's memory, never given back.

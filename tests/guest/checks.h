@@ -25,10 +25,14 @@ struct check {
 };
 
 extern const struct check name_checks[], data_checks[], attr_checks[], lock_checks[], dir_checks[], space_checks[];
-extern const struct check privilege_checks[], generic_checks[];
+extern const struct check privilege_checks[], generic_checks[], answer_checks[];
 
 /* One side of the two-client script: a side and a directory. */
 int pair(char **arguments, int count);
+int handles(const char *root);
+
+/* Work while the service is killed: a directory, a seed, and how many files to look up and to keep open. */
+void endure(char **arguments, int count);
 
 /* The user and group of checks that act without privilege, and a group that this user also belongs to. */
 enum { USER = 1234, GROUP = 4321, SECOND_GROUP = 4322 };

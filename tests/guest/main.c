@@ -3,6 +3,8 @@
  *   checks list               print every check's name, one a line
  *   checks run NAME DIR       run one; exit 0 passed, 1 failed, 77 skipped, with the reason on standard output
  *   checks pair 0|1 DIR [local]   one side of the two-client script
+ *   checks handles DIR        take file handles and open them for each line of standard input
+ *   checks endure DIR SEED [FILES OPENED]   work until a file `stop` is in DIR
  *   checks hello              print a word: this program, copied to the file system under test, proves that it executes
  *   checks wait               end at the end of standard input: a copy of this program that runs for as long as a check wants
  */
@@ -18,7 +20,7 @@
 enum { SKIPPED = 77, SECONDS_PER_CHECK = 600 };
 
 static const struct check *const groups[] = { name_checks, data_checks, space_checks, attr_checks, lock_checks, dir_checks,
-	privilege_checks, generic_checks };
+	privilege_checks, generic_checks, answer_checks };
 
 static void say(const char *format, va_list args)
 {
@@ -201,8 +203,13 @@ int main(int argc, char **argv)
 		return puts("hello from the mount") < 0;
 	if (argc >= 4 && !strcmp(argv[1], "pair"))
 		return pair(argv + 2, argc - 2);
+	if (argc == 3 && !strcmp(argv[1], "handles"))
+		return handles(argv[2]);
+	if ((argc == 4 || argc == 6) && !strcmp(argv[1], "endure"))
+		return endure(argv + 2, argc - 2), 0;
 	if (argc == 2 && !strcmp(argv[1], "wait"))
 		return getchar() != EOF;
+	setvbuf(stdout, NULL, _IOLBF, 0); /* children say things too */
 	bool list = argc == 2 && !strcmp(argv[1], "list");
 	if (!list && !(argc == 4 && !strcmp(argv[1], "run"))) {
 		fprintf(stderr, "usage: checks list | checks run NAME DIR | checks pair 0|1 DIR [local] | checks hello\n");

@@ -8,6 +8,7 @@
 #include <dirent.h>
 #include <sched.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <time.h>
 
 enum { SECONDS_PER_STEP = 300, RECORD = 32, RECORDS = 200, NAMES = 100, ENTRIES = 50 };
@@ -130,6 +131,55 @@ static void rename_and_replace(void)
 		turn(1);
 		turn(0);
 		OK(unlink("renamed"));
+		turn(1);
+	}
+}
+
+enum { PAGE = 4096 };
+
+/* Puts four bytes at the start of a page, or takes them, through a mapping; as a plain transfer where files cannot be mapped. */
+static void through_a_mapping(char *text, int page, bool put)
+{
+	int fd = OK(open("mapped", O_RDWR));
+	char *at = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (at == MAP_FAILED) {
+		EQUAL(errno, ENODEV);
+		EQUAL(put ? pwrite(fd, text, 4, page * PAGE) : pread(fd, text, 4, page * PAGE), 4);
+	} else if (put) {
+		memcpy(at + page * PAGE, text, 4);
+		OK(msync(at, 2 * PAGE, MS_SYNC));
+		OK(munmap(at, 2 * PAGE));
+	} else {
+		memcpy(text, at + page * PAGE, 4);
+		OK(munmap(at, 2 * PAGE));
+	}
+	close(fd);
+}
+
+static void expect_mapped(const char *text, int page)
+{
+	char seen[5] = "";
+	through_a_mapping(seen, page, false);
+	REQUIRE(!strcmp(seen, text), "page %d begins with '%s', not with '%s'", page, seen, text);
+}
+
+static void mappings(void)
+{
+	if (side == 0) {
+		int fd = create_file("mapped", "");
+		OK(ftruncate(fd, 2 * PAGE));
+		close(fd);
+		through_a_mapping("zero", 0, true);
+		through_a_mapping("zero", 1, true);
+		turn(0);
+		turn(1);
+		expect_mapped("zero", 0);
+		expect_mapped("one!", 1);
+	} else {
+		turn(0);
+		expect_mapped("zero", 0);
+		expect_mapped("zero", 1);
+		through_a_mapping("one!", 1, true);
 		turn(1);
 	}
 }
@@ -301,6 +351,7 @@ int pair(char **arguments, int count)
 	create_see_append();
 	append_at_once();
 	rename_and_replace();
+	mappings();
 	directories_and_attributes();
 	exclusive_creation();
 	for (int kind = 0; kind < KINDS; kind++)

@@ -1,5 +1,9 @@
 //! Linux guests: a kernel of Debian with its own virtio-fs driver, busybox, and nothing of Ferry.
 
+mod console;
+
+pub use console::Console;
+
 use crate::initramfs::Initramfs;
 use crate::process::{Process, wait_until};
 use crate::rigs::{Rigs, build_checks};
@@ -58,8 +62,11 @@ pub struct Guest {
     rigs: Rigs,
     devices: Vec<Device>,
     memory_mib: u32,
+    /// What follows the size in QEMU's option.
+    memory_more: &'static str,
     files: Vec<(String, PathBuf)>,
     arguments: Vec<String>,
+    reboots: bool,
 }
 
 /// A guest that runs.
@@ -83,6 +90,9 @@ pub struct Outcome {
     pub results: PathBuf,
     _dir: TempDir,
 }
+
+/// The kernel's command line under QEMU. On a busy host an emulated timer may come too late for the check of its wiring.
+const QEMU_KERNEL: &str = "console=ttyS0 loglevel=4 panic=-1 no_timer_check";
 
 /// How long a killed machine may take to disappear.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
@@ -127,9 +137,29 @@ impl Guest {
             rigs,
             devices: Vec::new(),
             memory_mib: 512,
+            memory_more: "",
             files: Vec::new(),
             arguments: Vec::new(),
+            reboots: false,
         }
+    }
+
+    /// Gives QEMU a machine protocol socket, and a slot for more memory.
+    #[must_use]
+    pub fn memory_slot(mut self, qmp: &Path) -> Self {
+        self.memory_more = ",slots=1,maxmem=2G";
+        self.arguments.extend([
+            "-qmp".to_owned(),
+            format!("unix:{},server=on,wait=off", qmp.display()),
+        ]);
+        self
+    }
+
+    /// Lets QEMU start the guest again when it reboots; the script then runs again, too.
+    #[must_use]
+    pub fn reboots(mut self) -> Self {
+        self.reboots = true;
+        self
     }
 
     /// Adds a device.
@@ -234,8 +264,23 @@ impl Guest {
         fs::create_dir(dir.join("results")).context("make the directory of results")?;
         self.write_initramfs(script, &dir.join("initrd"))?;
         let command = match self.machine {
-            Machine::Qemu { kernel, processors } => self.qemu_command(kernel, processors, &dir)?,
-            Machine::UserMode => self.user_mode_command(&dir)?,
+            Machine::Qemu { kernel, processors } => {
+                let mut command = self.qemu_command(kernel, processors)?;
+                command.args(["-no-reboot", "-append", QEMU_KERNEL]);
+                command.arg("-initrd").arg(dir.join("initrd")).args([
+                    "-serial",
+                    &format!("file:{}", dir.join("results.tar").display()),
+                ]);
+                command
+            }
+            Machine::UserMode => {
+                let mut command = self.user_mode_command(&dir)?;
+                command
+                    .arg("con0=null,fd:1")
+                    .arg(format!("initrd={}", dir.join("initrd").display()))
+                    .arg(format!("results={}", dir.join("results").display()));
+                command
+            }
         };
         let console = dir.join("console");
         let process = Process::start_ending_by(Signal::SIGKILL, &command, &console)?;
@@ -247,14 +292,23 @@ impl Guest {
     }
 
     fn write_initramfs(&self, script: &str, to: &Path) -> Result<()> {
+        let mut archive = self.initramfs("init")?;
+        archive.file("script", script.as_bytes())?;
+        for (name, from) in &self.files {
+            archive.copy(name, from)?;
+        }
+        archive.write(to)
+    }
+
+    /// An archive with busybox, the kernel's modules, and a script of `tests/guest` as the first program.
+    fn initramfs(&self, init: &str) -> Result<Initramfs> {
         let part = match self.machine {
             Machine::Qemu { kernel, .. } => kernel.part(),
             Machine::UserMode => "uml-forky",
         };
         let mut archive = Initramfs::new()?;
         archive.copy("bin/busybox", &self.rigs.path("busybox/busybox"))?;
-        archive.copy("init", &repository().join("tests/guest/init"))?;
-        archive.file("script", script.as_bytes())?;
+        archive.copy("init", &repository().join("tests/guest").join(init))?;
         let modules = self.rigs.modules(part)?;
         archive.file(
             "modules/order",
@@ -270,15 +324,14 @@ impl Guest {
                 &self.rigs.path(&format!("{part}/modules/{name}")),
             )?;
         }
-        for (name, from) in &self.files {
-            archive.copy(name, from)?;
-        }
-        archive.write(to)
+        Ok(archive)
     }
 
-    fn qemu_command(&self, kernel: Kernel, processors: u32, dir: &TempDir) -> Result<Command> {
+    /// All but the kernel's command line and its initramfs.
+    fn qemu_command(&self, kernel: Kernel, processors: u32) -> Result<Command> {
         let mut command = Command::new(self.rigs.path("qemu/qemu-system-x86_64"));
         let memory = self.memory_mib;
+        let more = self.memory_more;
         for firmware in ["qemu/usr/share/qemu", "qemu/usr/share/seabios"] {
             command.arg("-L").arg(self.rigs.path(firmware));
         }
@@ -286,7 +339,6 @@ impl Guest {
             .args([
                 "-nodefaults",
                 "-no-user-config",
-                "-no-reboot",
                 "-display",
                 "none",
                 "-cpu",
@@ -298,27 +350,22 @@ impl Guest {
                 "-accel",
                 &accelerator(),
             ])
-            .args(["-smp", &processors.to_string(), "-m", &format!("{memory}M")])
+            .args([
+                "-smp",
+                &processors.to_string(),
+                "-m",
+                &format!("{memory}M{more}"),
+            ])
             .args([
                 "-object",
                 &format!("memory-backend-memfd,id=memory,size={memory}M,share=on"),
             ])
-            .args([
-                "-serial",
-                "stdio",
-                "-serial",
-                &format!("file:{}", dir.join("results.tar").display()),
-            ])
-            .arg("-kernel")
+            .args(["-serial", "stdio", "-kernel"])
             .arg(self.rigs.path(&format!("{}/vmlinuz", kernel.part())))
-            .arg("-initrd")
-            .arg(dir.join("initrd"))
-            // On a busy host an emulated timer may come too late for the kernel's check of its wiring.
-            .args([
-                "-append",
-                "console=ttyS0 loglevel=4 panic=-1 no_timer_check",
-            ])
             .args(&self.arguments);
+        if !self.reboots {
+            command.arg("-no-reboot");
+        }
         for (number, device) in self.devices.iter().enumerate() {
             match device {
                 Device::VfioUser(socket) => {
@@ -352,13 +399,10 @@ impl Guest {
                 &format!("mem={}M", self.memory_mib),
                 "seccomp=on",
                 "con=null",
-                "con0=null,fd:1",
                 "loglevel=4",
                 "panic=-1",
             ])
-            .arg(format!("umid=ferry-{}", std::process::id()))
-            .arg(format!("initrd={}", dir.join("initrd").display()))
-            .arg(format!("results={}", dir.join("results").display()));
+            .arg(format!("umid=ferry-{}", std::process::id()));
         for device in &self.devices {
             match device {
                 Device::VhostUser { socket, .. } => {

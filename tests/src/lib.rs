@@ -8,19 +8,22 @@
 //! What a machine lacks (binaries that are not built, rigs that are not fetched) skips a test loudly; with
 //! `FERRY_REQUIRE_ALL=1` in the environment, as `tools/test` sets it, it fails instead.
 
+pub mod churn;
 mod guest;
 mod initramfs;
 mod numbers;
 mod process;
+mod queues;
 mod rigs;
 mod service;
 mod temp;
 
-pub use guest::{Device, Guest, Kernel, Outcome, RunningGuest};
+pub use guest::{Console, Device, Guest, Kernel, Outcome, RunningGuest};
 pub use numbers::Numbers;
 pub use process::{Process, wait_until};
+pub use queues::{ServedQueue, two_cpus};
 pub use rigs::{Rigs, build_checks};
-pub use service::{HostMount, Reply, Service, ServiceConfig, binary, can_mount};
+pub use service::{HostMount, Reply, Service, ServiceConfig, binary, can_mount, child_of};
 pub use temp::TempDir;
 
 use std::io::Write;

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// Polls `condition` until it holds or `limit` has passed.
@@ -53,6 +53,24 @@ impl Process {
     /// # Errors
     /// As [`Process::start`].
     pub fn start_ending_by(signal: Signal, command: &Command, log: &Path) -> Result<Self> {
+        Self::spawn(signal, command, log, Stdio::null())
+    }
+
+    /// As [`Process::start_ending_by`], with what the program reads from standard input.
+    ///
+    /// # Errors
+    /// As [`Process::start`].
+    pub fn start_reading(
+        signal: Signal,
+        command: &Command,
+        log: &Path,
+    ) -> Result<(Self, ChildStdin)> {
+        let mut process = Self::spawn(signal, command, log, Stdio::piped())?;
+        let input = process.child.stdin.take().context("no pipe to write to")?;
+        Ok((process, input))
+    }
+
+    fn spawn(signal: Signal, command: &Command, log: &Path, input: Stdio) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let out = File::options()
             .create(true)
@@ -60,7 +78,7 @@ impl Process {
             .open(log)
             .with_context(|| format!("open {}", log.display()))?;
         let child = ending_with_us(signal, command)
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(out.try_clone()?)
             .stderr(out)
             .process_group(0)

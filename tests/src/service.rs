@@ -41,6 +41,23 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The process of one of the programs of a supervisor, `ferry up`, as it runs now.
+///
+/// # Errors
+/// When it does not run.
+pub fn child_of(supervisor: u32, name: &str) -> Result<Pid> {
+    let children = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))
+        .context("list the supervisor's children")?;
+    for child in children.split_whitespace() {
+        // One that has ended meanwhile is not the one.
+        let program = fs::read_link(format!("/proc/{child}/exe")).unwrap_or_default();
+        if program.file_name().is_some_and(|file| file == name) {
+            return Ok(Pid::from_raw(child.parse()?));
+        }
+    }
+    bail!("{name} does not run")
+}
+
 /// A directory in which the unprivileged control plane may create its socket.
 fn open_directory(dir: &TempDir) -> Result<PathBuf> {
     let path = dir.make_dir("rpc");
@@ -246,17 +263,7 @@ impl Service {
     /// # Errors
     /// When it does not run.
     pub fn child(&self, name: &str) -> Result<Pid> {
-        let id = self.id();
-        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children"))
-            .context("list the supervisor's children")?;
-        for child in children.split_whitespace() {
-            // One that has ended meanwhile is not the one.
-            let program = fs::read_link(format!("/proc/{child}/exe")).unwrap_or_default();
-            if program.file_name().is_some_and(|file| file == name) {
-                return Ok(Pid::from_raw(child.parse()?));
-            }
-        }
-        bail!("{name} does not run")
+        child_of(self.id(), name)
     }
 
     /// Waits until a process of this name runs below the supervisor that is not `former`.
@@ -292,13 +299,27 @@ impl Service {
     /// # Errors
     /// When a step is refused.
     pub fn start_doca_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.start_doca_device_with(name, tag, fsdev, "")
+    }
+
+    /// As [`Service::start_doca_device`], with more options of `virtio_fs_device_create`.
+    ///
+    /// # Errors
+    /// When a step is refused.
+    pub fn start_doca_device_with(
+        &self,
+        name: &str,
+        tag: &str,
+        fsdev: &str,
+        options: &str,
+    ) -> Result<PathBuf> {
         self.call("virtio_fs_transport_create -t DOCA")?;
         self.call("virtio_fs_doca_manager_create -m mlx5_0")?;
         self.call("virtio_fs_transport_start -t DOCA")?;
         let (vuid, socket) = self.first_function()?;
         self.call(&format!(
             "virtio_fs_device_create --transport-name DOCA --dev-name {name} --tag {tag} --fsdev {fsdev} \
-             --num-request-queues 8 --queue-size 256 --driver-platform x86_64"
+             --num-request-queues 8 --queue-size 256 --driver-platform x86_64 {options}"
         ))?;
         self.call(&format!(
             "virtio_fs_doca_device_modify --dev-name {name} --manager mlx5_0 --vuid {vuid}"
@@ -312,9 +333,23 @@ impl Service {
     /// # Errors
     /// When a step is refused.
     pub fn start_vhost_user_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.start_vhost_user_device_with(name, tag, fsdev, "")
+    }
+
+    /// As [`Service::start_vhost_user_device`], with more options of `virtio_fs_device_create`.
+    ///
+    /// # Errors
+    /// When a step is refused.
+    pub fn start_vhost_user_device_with(
+        &self,
+        name: &str,
+        tag: &str,
+        fsdev: &str,
+        options: &str,
+    ) -> Result<PathBuf> {
         self.call("virtio_fs_transport_create -t VHOST_USER")?;
         self.call("virtio_fs_transport_start -t VHOST_USER")?;
-        self.add_vhost_user_device(name, tag, fsdev)
+        self.add_vhost_user_device_with(name, tag, fsdev, options)
     }
 
     /// Brings up one more vhost-user device and gives its socket.
@@ -322,9 +357,19 @@ impl Service {
     /// # Errors
     /// When a step is refused.
     pub fn add_vhost_user_device(&self, name: &str, tag: &str, fsdev: &str) -> Result<PathBuf> {
+        self.add_vhost_user_device_with(name, tag, fsdev, "")
+    }
+
+    fn add_vhost_user_device_with(
+        &self,
+        name: &str,
+        tag: &str,
+        fsdev: &str,
+        options: &str,
+    ) -> Result<PathBuf> {
         self.call(&format!(
             "virtio_fs_device_create --transport-name VHOST_USER --dev-name {name} --tag {tag} --fsdev {fsdev} \
-             --num-request-queues 2 --queue-size 256"
+             --num-request-queues 2 --queue-size 256 {options}"
         ))?;
         self.call(&format!("virtio_fs_device_start --dev-name {name}"))?;
         Ok(self.run_dir().join("vhost").join(format!("{name}.sock")))

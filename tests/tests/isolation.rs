@@ -1,7 +1,7 @@
 //! What the control plane may do, and what happens to who reads and writes while it does nothing or is another one.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Service, binary, need, skip, wait_until};
+use ferry_tests::{Service, binary, can_mount, need, skip, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
@@ -93,6 +93,61 @@ fn the_control_plane_has_no_privilege_and_no_guest_memory() {
         return skip("without root there is nothing to give up");
     }
     if let Err(error) = without_privileges() {
+        panic!("{error:#}");
+    }
+}
+
+/// CPUs that a process's first thread may use.
+fn cpus(pid: Pid) -> Result<Vec<u32>> {
+    let list = status(pid, "Cpus_allowed_list:")?;
+    let mask: ferry_shared::cpumask::CpuMask =
+        format!("[{list}]").parse().map_err(anyhow::Error::msg)?;
+    Ok(mask.cpus())
+}
+
+fn out_of_the_way() -> Result<()> {
+    let (service, mount) = mounted()?;
+    let core = 0;
+    let rest: Vec<u32> = cpus(Pid::this())?
+        .into_iter()
+        .filter(|cpu| *cpu != core)
+        .collect();
+    let (dataplane, controlplane) = (
+        service.child("ferry-dataplane")?,
+        service.child("ferry-controlplane")?,
+    );
+    let supervisor = Pid::from_raw(i32::try_from(service.id())?);
+    for (who, pid) in [
+        ("the supervisor", supervisor),
+        ("the control plane", controlplane),
+        ("the management thread", dataplane),
+    ] {
+        ensure!(cpus(pid)? == rest, "{who} may use {:?}", cpus(pid)?);
+    }
+    let threads = fs::read_dir(format!("/proc/{dataplane}/task"))?;
+    let mut cores = 0;
+    for thread in threads {
+        let thread = Pid::from_raw(thread?.file_name().to_string_lossy().parse()?);
+        if status(thread, "Name:")?.starts_with("ferry-core-") {
+            ensure!(
+                cpus(thread)? == [core],
+                "a core may use {:?}",
+                cpus(thread)?
+            );
+            cores += 1;
+        }
+    }
+    ensure!(cores == 1, "{cores} cores");
+    mount.unmount()
+}
+
+#[test]
+fn everything_that_has_to_do_with_control_keeps_off_the_cpus_of_cores() {
+    need!(can_mount());
+    if cpus(Pid::this()).is_ok_and(|cpus| cpus.len() < 2 || cpus[0] != 0) {
+        return skip("there is no CPU beside the core's");
+    }
+    if let Err(error) = out_of_the_way() {
         panic!("{error:#}");
     }
 }

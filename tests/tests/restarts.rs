@@ -1,18 +1,17 @@
 //! The control plane is killed, again and again, while it is being given work: what it has acknowledged is what the data
 //! plane does and what it knows itself after the next start. Who reads from a device meanwhile notices nothing.
 //!
-//! `FERRY_KILLS=1000` kills it so often.
+//! `FERRY_KILLS=1000` kills it so often. The same holds where another version takes its place.
 
 use anyhow::{Context, Result, ensure};
-use ferry_tests::{Numbers, Process, TempDir, binary, need, wait_until};
+use ferry_tests::churn::{Churn, Client, Known, ask, connect, devices};
+use ferry_tests::{Numbers, Process, TempDir, binary, can_mount, need, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -22,9 +21,6 @@ use std::time::{Duration, Instant};
 
 /// How often it is killed, unless `FERRY_KILLS` says otherwise.
 const KILLS: usize = 50;
-/// Requests between two kills, on the average.
-const REQUESTS: usize = 20;
-const DEVICES: usize = 4;
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 256;
 const LIMIT: Duration = Duration::from_secs(30);
@@ -57,7 +53,11 @@ impl Rig {
     }
 
     fn controlplane(&self, state: &str) -> Result<Process> {
-        let mut command = Command::new(binary("ferry-controlplane")?);
+        self.controlplane_of(&binary("ferry-controlplane")?, state)
+    }
+
+    fn controlplane_of(&self, program: &Path, state: &str) -> Result<Process> {
+        let mut command = Command::new(program);
         command
             .arg("--run-dir")
             .arg(self.dir.join("run"))
@@ -71,47 +71,11 @@ impl Rig {
     }
 
     /// A connection to a control plane that has seen the data plane.
-    fn connect(&self) -> Result<BufReader<UnixStream>> {
-        let mut connected = None;
-        wait_until("the control plane answers", LIMIT, || {
-            connected = UnixStream::connect(self.socket()).ok();
-            Ok(connected.is_some())
-        })
-        .with_context(|| {
+    fn connect(&self) -> Result<Client> {
+        connect(&self.socket()).with_context(|| {
             fs::read_to_string(self.dir.join("controlplane.log")).unwrap_or_default()
-        })?;
-        Ok(BufReader::new(connected.context("no connection")?))
+        })
     }
-}
-
-/// Sends a request, does something, and waits for the answer; `None` when the control plane died first.
-fn ask_and(
-    client: &mut BufReader<UnixStream>,
-    method: &str,
-    params: &Value,
-    meanwhile: impl FnOnce() -> Result<()>,
-) -> Result<Option<Value>> {
-    let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
-    let mut line = String::new();
-    let sent = client.get_mut().write_all(request.to_string().as_bytes());
-    meanwhile()?;
-    match sent.and_then(|()| client.read_line(&mut line)) {
-        Ok(_) if !line.ends_with('\n') => Ok(None),
-        Ok(_) => Ok(Some(serde_json::from_str(&line)?)),
-        Err(error)
-            if matches!(
-                error.kind(),
-                ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
-            ) =>
-        {
-            Ok(None)
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-fn ask(client: &mut BufReader<UnixStream>, method: &str, params: &Value) -> Result<Option<Value>> {
-    ask_and(client, method, params, || Ok(()))
 }
 
 /// A device mounted on this host, and a thread that reads blocks of it, one after the other, past every cache.
@@ -124,7 +88,7 @@ struct Reading {
 }
 
 impl Reading {
-    fn start(rig: &Rig, client: &mut BufReader<UnixStream>) -> Result<Reading> {
+    fn start(rig: &Rig, client: &mut Client) -> Result<Reading> {
         let export = rig.dir.make_dir("export");
         for (method, params) in [
             (
@@ -138,8 +102,7 @@ impl Reading {
             ),
             ("virtio_fs_device_start", json!({"dev_name": "read"})),
         ] {
-            let answer = ask(client, method, &params)?.context("no answer")?;
-            ensure!(answer.get("result").is_some(), "{method}: {answer}");
+            ask(client, method, &params)?;
         }
         let content: Vec<u8> = (0..BLOCKS).flat_map(|block| [block as u8; BLOCK]).collect();
         fs::write(export.join("file"), content)?;
@@ -234,117 +197,6 @@ fn report([calm, killing]: &[Vec<Duration>; 2], kills: usize) -> Result<()> {
     Ok(())
 }
 
-/// What is known of one device: absent, or its tag and state.
-type Known = Option<(String, String)>;
-
-/// What the last request that got no answer may have done besides nothing.
-struct Unknown {
-    device: String,
-    after: Known,
-}
-
-/// Chooses what to do with a device, and what it is afterwards.
-fn choose(numbers: &mut Numbers, name: &str, known: &Known) -> (&'static str, Value, Known) {
-    let state = |tag: &str, state: &str| Some((tag.to_owned(), state.to_owned()));
-    match known {
-        None => {
-            let tag = format!("t{}", numbers.below(1000));
-            let params = json!({"transport_name": "VHOST_USER", "dev_name": name, "tag": tag,
-                "fsdev": "null0", "num_request_queues": 1});
-            ("virtio_fs_device_create", params, state(&tag, "idle"))
-        }
-        Some((tag, now)) if now == "running" => (
-            "virtio_fs_device_stop",
-            json!({"dev_name": name}),
-            state(tag, "stopped"),
-        ),
-        Some((tag, now)) => match numbers.below(3) {
-            0 => {
-                let tag = format!("t{}", numbers.below(1000));
-                let params = json!({"dev_name": name, "tag": tag});
-                ("virtio_fs_device_modify", params, state(&tag, now))
-            }
-            1 => ("virtio_fs_device_destroy", json!({"dev_name": name}), None),
-            _ => (
-                "virtio_fs_device_start",
-                json!({"dev_name": name}),
-                state(tag, "running"),
-            ),
-        },
-    }
-}
-
-/// Sends work that is all answered.
-fn work(
-    client: &mut BufReader<UnixStream>,
-    numbers: &mut Numbers,
-    known: &mut BTreeMap<String, Known>,
-    requests: usize,
-) -> Result<()> {
-    for _ in 0..requests {
-        let name = format!("d{}", numbers.below(DEVICES));
-        let before = known.get(&name).cloned().flatten();
-        let (method, params, after) = choose(numbers, &name, &before);
-        let answer = ask(client, method, &params)?.context("it has ended")?;
-        ensure!(answer["result"] == true, "{method} {params}: {answer}");
-        known.insert(name, after);
-    }
-    Ok(())
-}
-
-/// Sends work without an end; the last request is the one without an answer.
-fn churn(
-    client: &mut BufReader<UnixStream>,
-    numbers: &mut Numbers,
-    known: &mut BTreeMap<String, Known>,
-    patience: usize,
-    victim: &Process,
-) -> Result<Unknown> {
-    let pid = Pid::from_raw(i32::try_from(victim.id())?);
-    for count in 0.. {
-        let name = format!("d{}", numbers.below(DEVICES));
-        let before = known.get(&name).cloned().flatten();
-        let (method, params, after) = choose(numbers, &name, &before);
-        let spins = numbers.below(200_000);
-        let strike = || {
-            if count == patience {
-                // Some requests have gone a part of their way, some have not begun, and some are done.
-                (0..spins).for_each(|_| core::hint::spin_loop());
-                kill(pid, Signal::SIGKILL)?;
-            }
-            Ok(())
-        };
-        match ask_and(client, method, &params, strike)? {
-            None => {
-                return Ok(Unknown {
-                    device: name,
-                    after,
-                });
-            }
-            Some(answer) => {
-                ensure!(answer["result"] == true, "{method} {params}: {answer}");
-                known.insert(name, after);
-            }
-        }
-    }
-    unreachable!("counting does not end")
-}
-
-fn devices(client: &mut BufReader<UnixStream>) -> Result<BTreeMap<String, Known>> {
-    let answer = ask(client, "virtio_fs_get_devices", &json!({}))?.context("no answer")?;
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let listed = answer["result"].as_array().context("not a list")?;
-    let churned = |device: &&Value| device["name"] != "read";
-    Ok(listed
-        .iter()
-        .filter(churned)
-        .map(|device| {
-            let known = (text(&device["tag"]), text(&device["state"]));
-            (text(&device["name"]), Some(known))
-        })
-        .collect())
-}
-
 #[test]
 fn what_was_acknowledged_survives_kills_of_the_control_plane() {
     need!(binary("ferry-dataplane"));
@@ -356,67 +208,38 @@ fn what_was_acknowledged_survives_kills_of_the_control_plane() {
 
 fn kill_and_compare() -> Result<()> {
     let rig = Rig::start()?;
-    let mut numbers = Numbers(0x5eed);
-    let mut known: BTreeMap<String, Known> = BTreeMap::new();
     let mut controlplane = rig.controlplane("state")?;
     let mut client = rig.connect()?;
-    for (method, params) in [
-        ("fsdev_null_create", json!({"name": "null0"})),
-        (
-            "virtio_fs_transport_create",
-            json!({"transport_name": "VHOST_USER"}),
-        ),
-        (
-            "virtio_fs_transport_start",
-            json!({"transport_name": "VHOST_USER"}),
-        ),
-    ] {
-        let answer = ask(&mut client, method, &params)?.context("no answer")?;
-        ensure!(answer.get("result").is_some(), "{method}: {answer}");
-    }
+    let transport = json!({"transport_name": "VHOST_USER"});
+    ask(&mut client, "virtio_fs_transport_create", &transport)?;
+    ask(&mut client, "virtio_fs_transport_start", &transport)?;
     let kills = match std::env::var("FERRY_KILLS") {
         Ok(kills) => kills.parse()?,
         Err(_) => KILLS,
     };
     let reading = Reading::start(&rig, &mut client)?;
-    work(&mut client, &mut numbers, &mut known, kills * REQUESTS)?;
+    let mut churn = Churn::new(client)?;
+    churn.work(kills)?;
     reading.killing.store(true, Ordering::Relaxed);
     for round in 0..kills {
-        let patience = numbers.below(2 * REQUESTS);
-        let unknown = churn(
-            &mut client,
-            &mut numbers,
-            &mut known,
-            patience,
-            &controlplane,
-        )?;
+        let pid = Pid::from_raw(i32::try_from(controlplane.id())?);
+        churn.until_killed(|| Ok(kill(pid, Signal::SIGKILL)?))?;
         controlplane.wait(LIMIT)?;
         // The next one is paused for a moment before anybody needs it, which is no matter either.
         controlplane = rig.controlplane("state")?;
-        client = rig.connect()?;
+        let client = rig.connect()?;
         let pid = Pid::from_raw(i32::try_from(controlplane.id())?);
         kill(pid, Signal::SIGSTOP)?;
         kill(pid, Signal::SIGCONT)?;
-
-        let now = devices(&mut client)?;
-        known.retain(|_, known| known.is_some());
-        let seen = now.get(&unknown.device).cloned().flatten();
-        // A destruction begins in the data plane, so half of one leaves the device configured and not started.
-        let halfway = |(_, state): &(String, String)| unknown.after.is_none() && state == "idle";
-        if seen == unknown.after || seen.as_ref().is_some_and(halfway) {
-            known.insert(unknown.device.clone(), seen);
-            known.retain(|_, known| known.is_some());
-        }
-        ensure!(
-            now == known,
-            "round {round}: {now:?} where {known:?} was acknowledged"
-        );
+        churn
+            .go_on(client)
+            .with_context(|| format!("round {round}"))?;
     }
-
     report(&reading.end()?, kills)?;
 
     // A control plane that knows nothing learns from the data plane the same about every started device.
-    drop(client);
+    let known = churn.known().clone();
+    drop(churn);
     controlplane.stop(Signal::SIGTERM, LIMIT)?;
     let _other = rig.controlplane("empty")?;
     let mut client = rig.connect()?;
@@ -435,4 +258,118 @@ fn kill_and_compare() -> Result<()> {
     assert_eq!(names(&live), names(&known));
     assert_eq!(running(live), running(known));
     Ok(())
+}
+
+/// What the version of this build is called.
+const VERSION: &str = concat!("Ferry v", env!("CARGO_PKG_VERSION"));
+/// How often one of two versions takes the other's place.
+const SWAPS: usize = 10;
+
+/// Another version, of the same length.
+fn other_version() -> String {
+    VERSION.replace(|c: char| c.is_ascii_digit(), "9")
+}
+
+/// A control plane of that version: this build, with the other version written into it.
+fn other_build(rig: &Rig) -> Result<PathBuf> {
+    let mut program = fs::read(binary("ferry-controlplane")?)?;
+    let (own, other) = (VERSION.as_bytes(), other_version());
+    let found = |program: &[u8]| program.windows(own.len()).position(|part| part == own);
+    let mut count = 0;
+    while let Some(at) = found(&program) {
+        program[at..at + own.len()].copy_from_slice(other.as_bytes());
+        count += 1;
+    }
+    ensure!(count > 0, "the program does not contain its version");
+    let path = rig.dir.join("ferry-controlplane-other");
+    fs::write(&path, program)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+/// All that a control plane would save, and the devices with their states.
+fn configuration(client: &mut Client) -> Result<Vec<Value>> {
+    let mut all = vec![ask(client, "virtio_fs_get_devices", &json!({}))?];
+    for name in ["scheduler", "iobuf", "fsdev", "virtio_fs"] {
+        all.push(ask(client, "framework_get_config", &json!({"name": name}))?);
+    }
+    Ok(all)
+}
+
+fn version_of(client: &mut Client) -> Result<Value> {
+    let answer = ask(client, "spdk_get_version", &json!(null))?;
+    Ok(answer["version"].clone())
+}
+
+#[test]
+fn another_version_takes_over_during_io_and_one_that_cannot_read_the_state_leaves_it_alone() {
+    need!(can_mount());
+    if let Err(error) = swap_versions() {
+        panic!("{error:#}");
+    }
+}
+
+/// Has the one that runs accept something, and another program take its place.
+fn swap(
+    rig: &Rig,
+    controlplane: &mut Process,
+    client: &mut Client,
+    number: usize,
+    program: &Path,
+) -> Result<()> {
+    let name = format!("d{number}");
+    let device = json!({"transport_name": "VHOST_USER", "dev_name": name, "tag": name, "fsdev": "aio0",
+        "num_request_queues": 1});
+    ask(client, "virtio_fs_device_create", &device)?;
+    if number.is_multiple_of(2) {
+        ask(client, "virtio_fs_device_start", &json!({"dev_name": name}))?;
+    }
+    let before = configuration(client)?;
+    controlplane.stop([Signal::SIGTERM, Signal::SIGKILL][number / 2 % 2], LIMIT)?;
+    *controlplane = rig.controlplane_of(program, "state")?;
+    *client = rig.connect()?;
+    let after = configuration(client)?;
+    ensure!(before == after, "{after:?} in the place of {before:?}");
+    Ok(())
+}
+
+fn swap_versions() -> Result<()> {
+    let rig = Rig::start()?;
+    let versions = [VERSION.to_owned(), other_version()];
+    let programs = [binary("ferry-controlplane")?, other_build(&rig)?];
+    let mut controlplane = rig.controlplane("state")?;
+    let mut client = rig.connect()?;
+    let transport = json!({"transport_name": "VHOST_USER"});
+    ask(&mut client, "virtio_fs_transport_create", &transport)?;
+    ask(&mut client, "virtio_fs_transport_start", &transport)?;
+    let reading = Reading::start(&rig, &mut client)?;
+    ensure!(version_of(&mut client)? == VERSION, "not this version");
+    for number in 1..=SWAPS {
+        let (program, version) = (&programs[number % 2], &versions[number % 2]);
+        swap(&rig, &mut controlplane, &mut client, number, program)
+            .with_context(|| format!("swap {number}"))?;
+        ensure!(version_of(&mut client)? == *version, "not {version}");
+    }
+    let before = configuration(&mut client)?;
+    controlplane.stop(Signal::SIGTERM, LIMIT)?;
+
+    // As if a later version had been here.
+    let file = rig.dir.join("state/state");
+    let own = fs::read_to_string(&file)?;
+    let newer = own.replacen("ferry-state 1 ", "ferry-state 2 ", 1);
+    ensure!(newer != own, "not a file of the first form: {own}");
+    fs::write(&file, &newer)?;
+    let mut refusing = rig.controlplane("state")?;
+    let status = refusing.wait(LIMIT)?;
+    ensure!(!status.success(), "a newer state was accepted");
+    let said = refusing.output();
+    for part in ["has form 2", "another version", "move it away"] {
+        ensure!(said.contains(part), "{part} is not in: {said}");
+    }
+    ensure!(fs::read_to_string(&file)? == newer, "the file was changed");
+    fs::write(&file, &own)?;
+    let _controlplane = rig.controlplane("state")?;
+    let after = configuration(&mut rig.connect()?)?;
+    ensure!(before == after, "{after:?} in the place of {before:?}");
+    reading.end().map(drop)
 }

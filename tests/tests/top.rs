@@ -122,6 +122,15 @@ fn frame_for_an_unprivileged_user() -> Result<()> {
     ensure!(number(&op("lookup")?, "ERRORS")? >= 1, "{frame}");
     ensure!(number(&op("write")?, "REQUESTS")? >= 1, "{frame}");
     ensure!(rows(&frame, "CORE", "CPU").len() == 1, "{frame}");
+    let queues = rows(&frame, "QUEUE", "THREAD");
+    ensure!(!queues.is_empty(), "{frame}");
+    let sum = |column: &str| -> Result<u64> { queues.iter().map(|row| number(row, column)).sum() };
+    for column in ["REQUESTS", "ERRORS"] {
+        ensure!(
+            sum(column)? == number(&devices[0], column)?,
+            "{column}: {frame}"
+        );
+    }
 
     // Who asked is in the log.
     let asked = format!("uid={USER} gid={GROUP}");

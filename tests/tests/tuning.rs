@@ -10,27 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use ferry_tests::{Service, ServiceConfig, binary, can_mount, need, wait_until};
+use anyhow::{Context, Result, ensure};
+use ferry_tests::{Service, ServiceConfig, binary, can_mount, need, two_cpus, wait_until};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const BLOCK: usize = 4096;
-
-/// Two CPUs that this process may use.
-fn two_cpus() -> Result<[u32; 2]> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
-    let list = line.context("no list of CPUs")?.trim();
-    let mask: ferry_shared::cpumask::CpuMask =
-        format!("[{list}]").parse().map_err(anyhow::Error::msg)?;
-    match mask.cpus()[..] {
-        [first, second, ..] => Ok([first, second]),
-        _ => bail!("there are no two CPUs"),
-    }
-}
 
 /// A service on two CPUs, with an fsdev on a fresh directory.
 fn service(args: &[&str]) -> Result<(Service, [u32; 2])> {
@@ -48,22 +33,8 @@ fn service(args: &[&str]) -> Result<(Service, [u32; 2])> {
 
 /// The queues that run, by the numbers of their threads, and the CPU of each.
 fn queues(service: &Service) -> Result<Vec<(u64, u32)>> {
-    let answer = service.call("framework_get_reactors")?;
-    let mut all = Vec::new();
-    for reactor in answer["reactors"].as_array().context("no reactors")? {
-        let cpu = u32::try_from(reactor["lcore"].as_u64().context("no lcore")?)?;
-        for thread in reactor["lw_threads"].as_array().context("no threads")? {
-            let name = thread["name"].as_str().context("a thread without a name")?;
-            if !name.starts_with("core_") {
-                all.push((
-                    thread["id"].as_u64().context("a thread without an id")?,
-                    cpu,
-                ));
-            }
-        }
-    }
-    all.sort_unstable();
-    Ok(all)
+    let queues = service.queues()?.into_iter();
+    Ok(queues.map(|queue| (queue.thread, queue.cpu)).collect())
 }
 
 /// Writes and reads a file of its own until told to stop; every block must come back as it was written.
@@ -272,6 +243,63 @@ fn the_dynamic_scheduler_moves_queues_from_a_busy_core_to_an_idle_one() {
         ensure!(scheduler["scheduler_name"] == "dynamic", "{scheduler}");
         ensure!(scheduler["scheduler_period"] == 50_000, "{scheduler}");
         drop(load);
+        service.stop()
+    };
+    check().unwrap();
+}
+
+/// Changes where queues are served, and what is traced.
+fn disturb(service: &Service, cpus: [u32; 2], round: usize) -> Result<()> {
+    let mask = match round % 3 {
+        2 => format!("[{},{}]", cpus[0], cpus[1]),
+        one => format!("[{}]", cpus[one]),
+    };
+    for (thread, _) in queues(service)? {
+        // It may have ended since.
+        service.rpc(&format!("thread_set_cpumask -i {thread} -m {mask}"))?;
+    }
+    service.call(match round % 3 {
+        2 => "framework_set_scheduler dynamic -p 20000 --load-limit 1 --core-limit 5",
+        _ => "framework_set_scheduler static",
+    })?;
+    service.call(match round % 2 {
+        0 => "trace_enable_tpoint_group all",
+        _ => "trace_disable_tpoint_group all",
+    })?;
+    Ok(())
+}
+
+/// The load's driver fails when a request is answered twice, wrongly or not at all.
+#[test]
+fn every_request_is_answered_once_while_queues_are_moved_scheduled_and_traced() {
+    need!(two_cpus());
+    let check = || -> Result<()> {
+        let (mut service, cpus) = service(&[])?;
+        let socket = service.start_doca_device("vfsdev0", "moved", "aio0")?;
+        let log = service.dir().join("load.log");
+        let output = fs::File::create(&log)?;
+        let mut load = Command::new(binary("ferry")?)
+            .arg("bench")
+            .arg(&socket)
+            .args(["--work", "mixed:4k:8:4,open:4k:8:4,create:4k:4:2"])
+            .args(["--files", "4", "--file-size", "64k", "--entries", "0"])
+            .args(["--seconds", "1.5"])
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .spawn()
+            .map(Load)?;
+        let mut rounds = 0;
+        let status = loop {
+            if let Some(status) = load.0.try_wait()? {
+                break status;
+            }
+            disturb(&service, cpus, rounds)?;
+            rounds += 1;
+        };
+        let said = fs::read_to_string(&log)?;
+        ensure!(status.success(), "{said}");
+        ensure!(said.lines().count() == 3, "{said}");
+        ensure!(rounds > 0, "the load had ended before anything was moved");
         service.stop()
     };
     check().unwrap();

@@ -30,6 +30,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use ferry_shared::EXIT_ASKED;
+use ferry_shared::affinity::Allowed;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -39,7 +40,7 @@ use nix::unistd::{User, chown, geteuid};
 
 use fdstore::FdStore;
 use probe::Probe;
-use process::{Launch, Process};
+use process::{Launch, Process, Standing};
 use reach::Reach;
 use upgrade::Upgrades;
 
@@ -162,11 +163,15 @@ impl Supervisor {
         if let (Some(dir), Some(user)) = (&args.state_dir, &user) {
             make_state_dir(dir, user)?;
         }
+        let cpus = Allowed::now().context("cannot learn which CPUs there are")?;
+        // Where that is not allowed it works as well, only with more jitter.
+        let _ = cpus.keep_off(&args.cores());
         let dataplane = Launch {
             program: program("ferry-dataplane")?,
             args: args.for_dataplane(user.as_ref().map(|user| user.uid.as_raw())),
             files: Vec::new(),
             user: None,
+            standing: Standing::Cores(cpus),
             stale_rpc: None,
         };
         let controlplane = Launch {
@@ -174,6 +179,7 @@ impl Supervisor {
             args: args.for_controlplane(),
             files: args.files_of_controlplane(),
             user,
+            standing: Standing::Aside,
             stale_rpc: Some(rpc.clone()),
         };
         Ok(Supervisor {

@@ -565,8 +565,28 @@ pub(super) fn get_counters(app: &App, _: &Args) -> Result<Value, RpcError> {
             "ops": ops,
         }));
     }
+    let mut busy_queues = Vec::new();
+    for core in 0..reader.cores() {
+        let served = queues(&reader, core).into_iter();
+        // There may be hundreds that nothing has been asked of.
+        for (name, queue) in served.filter(|(_, queue)| queue.requests > 0) {
+            busy_queues.push(json!({
+                "name": name,
+                "thread": queue.place.thread,
+                "core": core,
+                "device": queue.place.device,
+                "bytes_read": queue.read,
+                "bytes_written": queue.written,
+                "slot_waits": queue.slot_waits,
+                "buffer_waits": queue.buffer_waits,
+                "all": op_json(&queue.answered),
+            }));
+        }
+    }
     let pid = model.platform().pid;
-    Ok(json!({"pid": pid, "cores": cores, "devices": devices, "first_bucket": FIRST_BUCKET}))
+    Ok(
+        json!({"pid": pid, "cores": cores, "devices": devices, "queues": busy_queues, "first_bucket": FIRST_BUCKET}),
+    )
 }
 
 #[cfg(test)]

@@ -208,7 +208,7 @@ const OPERATE: &[Method] = &[
     Method {
         name: "fsdev_set_opts",
         when: When::Always,
-        help: "Set the options of the fsdev library; they are kept with the configuration",
+        help: "Set the options of the fsdev library; they are checked and kept, but what can be in flight is sized by iobuf_set_options",
         params: FSDEV_OPTIONS,
         rule: DECODE,
         handler: Handler::Now(fsdev::fsdev_set_opts),

@@ -22,7 +22,7 @@ use crate::mem::IoVec;
 use crate::os::eventfd::EventFd;
 use crate::os::uring::{Completion, Ring};
 use crate::pool::{DataPool, Slab};
-use crate::reactor::{Backend, Job, Reactor, System};
+use crate::reactor::{Backend, Interrupted, Job, Reactor, System};
 use crate::slot::SlotBody;
 
 /// What a reactor sees of this process.
@@ -70,9 +70,9 @@ impl<B: Backend> System<B> for CoreSystem<B> {
         self.events.post(event);
     }
 
-    fn spread_interrupt(&mut self, device: DeviceId, unique: u64) {
+    fn spread_interrupt(&mut self, interrupted: Interrupted) {
         for other in &self.others {
-            other.post(CoreMessage::Interrupt { device, unique });
+            other.post(CoreMessage::Interrupt(interrupted));
         }
     }
 
@@ -159,7 +159,7 @@ impl<B: Backend> Core<B> {
             self.sys.ring.turn(|c| self.completions.push(c))?;
             worked |= self.complete();
             if self.reactor.has_waiting() && locks_tried.elapsed() >= LOCK_POLL {
-                self.reactor.poll_locks(&mut self.sys);
+                worked |= self.reactor.poll_locks(&mut self.sys);
                 locks_tried = Instant::now();
             }
             self.meter.turned(worked, &self.reactor.counters());
@@ -242,9 +242,7 @@ impl<B: Backend> Core<B> {
             } => reactor.set_call(device, index, call, sys),
             CoreMessage::SetMemory { device, map } => reactor.set_memory(device, map, sys),
             CoreMessage::Offloaded { slot, outcome } => reactor.offload_done(slot, outcome, sys),
-            CoreMessage::Interrupt { device, unique } => {
-                reactor.interrupt_request(device, unique, sys)
-            }
+            CoreMessage::Interrupt(interrupted) => reactor.interrupt_request(interrupted, sys),
             CoreMessage::Ping => self.answered.store(true, Ordering::Relaxed),
             CoreMessage::Quit => return false,
         }

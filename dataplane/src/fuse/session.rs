@@ -174,12 +174,12 @@ impl Session {
             return;
         };
         let count = u64::from(epoch) << 32;
-        word.store(count, Ordering::Release);
+        put(word, count);
         if mounted {
             let size = u64::from(negotiated.minor) | u64::from(negotiated.max_write) << 32;
-            flags.store(negotiated.flags, Ordering::Release);
-            sizes.store(size, Ordering::Release);
-            word.store(count | 1, Ordering::Release);
+            put(flags, negotiated.flags);
+            put(sizes, size);
+            put(word, count | 1);
         }
     }
 
@@ -288,6 +288,13 @@ impl Session {
         };
         self.word.store(word.pack(), Ordering::Release);
     }
+}
+
+/// Stores a word of the record. In the simulation the process may die here.
+fn put(word: &AtomicU64, value: u64) {
+    #[cfg(test)]
+    crate::sim::fate::store();
+    word.store(value, Ordering::Release);
 }
 
 fn negotiate(minor: u32, wishes: &InitWishes, offer: &Offer) -> Negotiated {

@@ -1,6 +1,7 @@
 //! Event counters: kicks, interrupts and wake-ups.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
@@ -8,12 +9,18 @@ use nix::sys::eventfd::{EfdFlags, EventFd as NixEventFd};
 
 use super::fdstore::{FdStore, Kept};
 
-/// A non-blocking event counter.
+/// Bit of the gate: signals are held back.
+const MASKED: u8 = 1;
+/// Bit of the gate: a signal was held back.
+const PENDING: u8 = 2;
+
+/// A non-blocking event counter. It can be masked, as interrupts can: a signal then waits for the end of that.
 #[derive(Debug)]
 pub struct EventFd {
     fd: OwnedFd,
     /// The service manager keeps it.
     kept: OnceLock<Kept>,
+    gate: AtomicU8,
 }
 
 impl EventFd {
@@ -24,6 +31,7 @@ impl EventFd {
         Ok(EventFd {
             fd: fd.into(),
             kept: OnceLock::new(),
+            gate: AtomicU8::new(0),
         })
     }
 
@@ -36,6 +44,7 @@ impl EventFd {
         Ok(EventFd {
             fd,
             kept: OnceLock::new(),
+            gate: AtomicU8::new(0),
         })
     }
 
@@ -63,9 +72,38 @@ impl EventFd {
         self.kept.get().map(Kept::number)
     }
 
-    /// Adds one. A counter that is full is readable anyway, so an error changes nothing for the receiver.
+    /// Adds one, now or when the counter is not masked any more.
     pub fn signal(&self) {
+        if self.gate.load(Ordering::Relaxed) & MASKED == 0 {
+            return self.add();
+        }
+        if self.gate.fetch_or(PENDING, Ordering::AcqRel) & MASKED == 0 {
+            // Unmasked meanwhile, and by someone who has not seen that a signal waits.
+            self.gate.fetch_and(!PENDING, Ordering::AcqRel);
+            self.add();
+        }
+    }
+
+    /// A counter that is full is readable anyway, so an error changes nothing for the receiver.
+    fn add(&self) {
         let _ = nix::unistd::write(&self.fd, &1u64.to_ne_bytes());
+    }
+
+    /// Holds signals back.
+    pub fn mask(&self) {
+        self.gate.fetch_or(MASKED, Ordering::AcqRel);
+    }
+
+    /// Lets signals through again, and the one that has waited.
+    pub fn unmask(&self) {
+        if self.gate.swap(0, Ordering::AcqRel) & PENDING != 0 {
+            self.add();
+        }
+    }
+
+    /// Whether a signal waits for the end of a mask.
+    pub fn is_pending(&self) -> bool {
+        self.gate.load(Ordering::Acquire) & PENDING != 0
     }
 
     /// Takes the count back to 0.

@@ -1,10 +1,13 @@
 //! The service manager's store of descriptors: what must outlive this process is kept there and comes back at the start.
 //!
 //! Speaks the notification protocol of systemd (`sd_notify(3)`, `sd_listen_fds(3)`), which `ferry up` implements too.
-//! Without `NOTIFY_SOCKET` nothing is sent and nothing is kept. Sending never fails for the caller: what could not be
-//! stored is told to the operator and tried again by [`FdStore::sweep`].
+//! Without `NOTIFY_SOCKET` nothing is sent and nothing is kept. Storing never waits and never fails for the caller: what the
+//! manager does not take at once goes to a thread that waits ([`late`]), what cannot be stored is told to the operator and
+//! tried again by [`FdStore::sweep`].
 // UNSAFETY: takes over the descriptors that the service manager passes by their numbers, and asks kcmp(2).
 #![expect(unsafe_code, reason = "descriptors arrive as numbers")]
+
+mod late;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -23,11 +26,13 @@ use nix::sys::socket::{
 use nix::sys::stat::fstat;
 use nix::sys::time::{TimeVal, TimeValLike};
 
+use late::Late;
+
 /// The first descriptor that a service manager passes.
 const FIRST: RawFd = 3;
 /// What the names of numbered descriptors begin with.
 const NUMBERED: &str = "k";
-/// How long a message waits for a service manager that does not read, before the next ones do not wait at all.
+/// How long a message waits for a service manager that does not read.
 const PATIENCE_SECONDS: i64 = 1;
 
 /// The descriptors are taken over once in the life of a process.
@@ -49,7 +54,8 @@ struct Manager {
 /// The store, and the descriptors that have come from it and have not been taken yet.
 #[derive(Debug, Default)]
 pub struct FdStore {
-    manager: Option<Manager>,
+    manager: Option<Arc<Manager>>,
+    late: Arc<Late>,
     received: Mutex<BTreeMap<String, OwnedFd>>,
     numbers: Mutex<Numbers>,
     /// Descriptors that the manager holds.
@@ -140,13 +146,14 @@ impl Manager {
         })
     }
 
-    fn send(&self, message: &str, fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+    /// Sends a message, and waits for the manager if the caller may.
+    fn send(&self, message: &str, fd: Option<BorrowedFd<'_>>, waits: bool) -> Result<(), Errno> {
         let fds: Vec<RawFd> = fd.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
         let control: &[ControlMessage<'_>] = if fds.is_empty() { &[] } else { &rights };
         let parts = [IoSlice::new(message.as_bytes())];
         let mut flags = MsgFlags::MSG_NOSIGNAL;
-        flags.set(MsgFlags::MSG_DONTWAIT, self.stuck.load(Ordering::Relaxed));
+        flags.set(MsgFlags::MSG_DONTWAIT, !waits);
         loop {
             let address = Some(&self.address);
             match sendmsg(self.socket.as_raw_fd(), &parts, control, flags, address) {
@@ -155,6 +162,8 @@ impl Manager {
                     return Ok(());
                 }
                 Err(Errno::EINTR) => {}
+                // Somebody else will wait.
+                Err(error) if !waits => return Err(error),
                 Err(error) => {
                     let before = self.stuck.swap(true, Ordering::Relaxed);
                     if !before {
@@ -197,8 +206,14 @@ impl FdStore {
 
     fn new(manager: Option<Manager>, received: BTreeMap<String, OwnedFd>) -> FdStore {
         let last = received.keys().filter_map(|name| number_of(name)).max();
+        let late = Arc::new(Late::default());
+        let manager = manager.map(Arc::new);
+        if let Some(manager) = &manager {
+            late.start(manager);
+        }
         FdStore {
             manager,
+            late,
             held: AtomicUsize::new(received.len()),
             received: Mutex::new(received),
             numbers: Mutex::new(Numbers {
@@ -237,7 +252,26 @@ impl FdStore {
         wanted.into_iter().collect()
     }
 
-    /// Stores a descriptor; false if the service manager has not got it.
+    /// Says something to the manager: at once if that is possible, otherwise a thread says it that waits. The cores store
+    /// what guests unlink and lock, and must not wait for anybody. Whether it will be said.
+    fn say(&self, message: String, fd: Option<BorrowedFd<'_>>) -> bool {
+        let Some(manager) = &self.manager else {
+            return false;
+        };
+        if self.late.is_empty() {
+            match manager.send(&message, fd, false) {
+                Err(Errno::EAGAIN) => {}
+                done => return done.is_ok(),
+            }
+        }
+        let Ok(fd) = fd.map(|fd| fd.try_clone_to_owned()).transpose() else {
+            return false;
+        };
+        self.late.add((message, fd));
+        true
+    }
+
+    /// Stores a descriptor, without waiting; false if the service manager will not get it.
     pub fn put(&self, name: &str, fd: impl AsFd) -> bool {
         let Some(manager) = &self.manager else {
             return false;
@@ -251,14 +285,14 @@ impl FdStore {
         }
         // Not polled by the manager: a peer that hangs up is for the next process to see.
         let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}");
-        manager.send(&message, Some(fd.as_fd())).is_ok()
+        self.say(message, Some(fd.as_fd()))
     }
 
-    /// Removes what is stored under a name.
+    /// Removes what is stored under a name, without waiting.
     pub fn remove(&self, name: &str) {
-        if let Some(manager) = &self.manager {
+        if self.manager.is_some() {
             self.held.fetch_sub(1, Ordering::Relaxed);
-            let _ = manager.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
+            self.say(format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
         }
     }
 
@@ -371,7 +405,7 @@ impl FdStore {
 
     fn notify(&self, message: &str) {
         if let Some(manager) = &self.manager {
-            let _ = manager.send(message, None);
+            let _ = manager.send(message, None, true);
         }
     }
 

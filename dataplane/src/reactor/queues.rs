@@ -165,9 +165,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 released |= epoch != device.lock_epoch;
                 device.lock_epoch = epoch;
             }
-            if released {
-                self.poll_locks(sys);
-            }
+            worked |= released && self.poll_locks(sys);
         }
         worked
     }
@@ -257,6 +255,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             self.publish(at, sys);
         }
         self.trace(Point::QueueStopped, at, [0; 2], sys);
+        self.count_finished(sys);
         if let Some(counters) = &self.count_in {
             counters.queue_gone(at as usize);
         }
@@ -290,7 +289,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
     }
 
     pub(super) fn forget_interrupts(&mut self, device: DeviceId) {
-        self.early_interrupts.retain(|&(d, _)| d != device);
+        self.early_interrupts.retain(|early| early.device != device);
     }
 
     pub(super) fn touches(&mut self, at: u32, yes: bool) {

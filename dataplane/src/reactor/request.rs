@@ -9,13 +9,13 @@ use alloc::sync::Arc;
 use core::mem::offset_of;
 use core::ptr::NonNull;
 
-use ferry_shared::counters::{CoreCounters, Finished};
+use ferry_shared::counters::{CoreCounters, Finished, QueueWait};
 use ferry_shared::errno::Errno;
 use ferry_shared::limits::{MAX_DATA_BUFFER, SLOT_INPUT, SLOT_OUTPUT};
 use ferry_shared::trace::Point;
 
 use super::world::{HeldMap, Run};
-use super::{BUDGET, Backend, Ending, Job, Reactor, System};
+use super::{BUDGET, Backend, Ending, Interrupted, Job, Reactor, System};
 use crate::dispatch::{self, FIRST, Malformed, Outcome};
 use crate::fuse::abi::{FUSE_DESTROY, FUSE_INIT, FUSE_READ, FUSE_WRITE, fuse_out_header};
 use crate::fuse::reply::HEADER;
@@ -79,6 +79,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             }
             let Some(slot) = self.free.pop() else {
                 self.counters.slot_waits = self.counters.slot_waits.wrapping_add(1);
+                if let Some(counters) = &self.count_in {
+                    counters.queue_waits(at as usize, QueueWait::Slot);
+                }
                 break;
             };
             let Some(mut body) = self.bodies.get(slot) else {
@@ -196,6 +199,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             // In order of arrival, so that a request that needs two buffers is not overtaken for ever.
             if meta.stage != Stage::NeedsBuffers {
                 self.counters.buffer_waits = self.counters.buffer_waits.wrapping_add(1);
+                if let Some(counters) = &self.count_in {
+                    counters.queue_waits(meta.queue as usize, QueueWait::Buffers);
+                }
                 meta.stage = Stage::NeedsBuffers;
                 self.need_buffers.push_back(slot);
             }
@@ -270,11 +276,11 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             }
             Outcome::Wait => self.wait(slot, sys),
             Outcome::Interrupt { unique } => {
-                let device = self.device_of(slot);
+                let interrupted = self.interrupted(slot, unique);
                 self.release(slot, Some(0), sys);
-                if let Some(device) = device {
-                    self.interrupt_request(device, unique, sys);
-                    sys.spread_interrupt(device, unique);
+                if let Some(interrupted) = interrupted {
+                    self.interrupt_request(interrupted, sys);
+                    sys.spread_interrupt(interrupted);
                 }
             }
         }
@@ -291,8 +297,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let unique = meta.unique;
         meta.stage = Stage::Waiting;
         let at = meta.queue;
-        if self.early_interrupts.iter().any(|&e| e == (device, unique)) {
-            self.early_interrupts.retain(|&e| e != (device, unique));
+        let early = self.interrupted(slot, unique);
+        if self.early_interrupts.iter().any(|&e| Some(e) == early) {
+            self.early_interrupts.retain(|&e| Some(e) != early);
             return self.give_up_wait(slot, device, unique, Errno::EINTR, sys);
         }
         if self.queue_mut(at).is_some_and(|q| q.ending != Ending::Runs) {
@@ -431,7 +438,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let Some(meta) = self.slots.get(slot as usize) else {
             return;
         };
-        let (opcode, began) = (meta.opcode, meta.began);
+        let (opcode, began, queue) = (meta.opcode, meta.began, meta.queue);
         let mut request = Finished {
             opcode,
             ..Finished::default()
@@ -447,7 +454,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         if self.finished.is_full() {
             self.count_finished(sys);
         }
-        let _ = self.finished.push((device, began, request));
+        let _ = self.finished.push((device, queue, began, request));
     }
 
     /// Counts the requests that have been answered since the last time. The guest sees all of them from now on, so one look at
@@ -455,9 +462,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
     pub(super) fn count_finished(&mut self, sys: &S) {
         if let (Some(counters), false) = (&self.count_in, self.finished.is_empty()) {
             let now = sys.now();
-            for (device, began, request) in &self.finished {
+            for (device, queue, began, request) in &self.finished {
                 let ns = now.saturating_sub(*began);
-                counters.finished(device.0, Finished { ns, ..*request });
+                let request = Finished { ns, ..*request };
+                counters.finished(device.0, *queue as usize, request);
             }
         }
         self.finished.clear();
@@ -593,8 +601,20 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 .is_some_and(|m| m.unique == unique)
     }
 
+    /// The INTERRUPT that would mean request `unique` in the present mount of the slot's device.
+    fn interrupted(&self, slot: u32, unique: u64) -> Option<Interrupted> {
+        let id = self.device_of(slot)?;
+        let device = self.devices.iter().find(|d| d.id == id)?;
+        Some(Interrupted {
+            device: id,
+            unique,
+            epoch: device.shared.session.epoch(),
+        })
+    }
+
     /// Interrupts a waiting request of this core; another core has seen the INTERRUPT.
-    pub fn interrupt_request(&mut self, device: DeviceId, unique: u64, sys: &mut S) {
+    pub fn interrupt_request(&mut self, interrupted: Interrupted, sys: &mut S) {
+        let Interrupted { device, unique, .. } = interrupted;
         let found = self
             .waiting
             .iter()
@@ -609,7 +629,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 if self.early_interrupts.is_full() {
                     self.early_interrupts.pop_front();
                 }
-                let _ = self.early_interrupts.push_back((device, unique));
+                let _ = self.early_interrupts.push_back(interrupted);
             }
         }
     }
@@ -630,8 +650,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         self.fail(slot, errno, sys);
     }
 
-    /// Tries waiting locks again although no local release was seen; for locks that other processes hold.
-    pub fn poll_locks(&mut self, sys: &mut S) {
+    /// Tries waiting locks again although no local release was seen; for locks that other processes hold. True when one waits
+    /// no longer: its driver is told at the end of the next turn.
+    pub fn poll_locks(&mut self, sys: &mut S) -> bool {
+        let all = self.waiting.len();
         let mut at = 0;
         while let Some(&slot) = self.waiting.get(at) {
             // A request that still waits is appended again, so that each is tried once in this call.
@@ -645,5 +667,6 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 at = at.saturating_add(1);
             }
         }
+        self.waiting.len() < all
     }
 }

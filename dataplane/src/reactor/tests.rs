@@ -100,7 +100,7 @@ struct World {
     ring_is_full: bool,
     jobs: Vec<(u32, Job<Model>)>,
     events: Vec<CoreEvent>,
-    spread: Vec<u64>,
+    spread: Vec<Interrupted>,
 }
 
 impl System<Model> for World {
@@ -122,8 +122,8 @@ impl System<Model> for World {
     fn report(&mut self, event: CoreEvent) {
         self.events.push(event);
     }
-    fn spread_interrupt(&mut self, _: DeviceId, unique: u64) {
-        self.spread.push(unique);
+    fn spread_interrupt(&mut self, interrupted: Interrupted) {
+        self.spread.push(interrupted);
     }
 }
 
@@ -161,18 +161,22 @@ impl Rig {
             model,
             replies: Vec::new(),
         };
+        rig.mount();
+        rig.world = World::default();
+        rig
+    }
+
+    fn mount(&mut self) {
         let init = fuse_init_in {
             major: 7,
             minor: 45,
             flags: u32::MAX,
             ..Default::default()
         };
-        rig.send(FUSE_INIT, 1, init.as_bytes(), 80);
-        rig.turn();
-        assert_eq!(rig.reply_errors(), [(1, 0)]);
-        assert!(rig.shared.session.mounted());
-        rig.world = World::default();
-        rig
+        self.send(FUSE_INIT, 1, init.as_bytes(), 80);
+        self.turn();
+        assert_eq!(self.reply_errors(), [(1, 0)]);
+        assert!(self.shared.session.mounted());
     }
 
     /// Makes a request available, with room for `room` bytes of reply.
@@ -413,6 +417,19 @@ fn a_lock_waits_until_it_is_released() {
 }
 
 #[test]
+fn a_lock_that_polling_gets_is_work_to_be_published() {
+    let mut rig = Rig::new(4, 1);
+    rig.model.locked.store(true, Ordering::Relaxed);
+    rig.send_lock(2);
+    rig.turn();
+    assert!(!rig.core.poll_locks(&mut rig.world));
+    rig.model.locked.store(false, Ordering::Relaxed);
+    assert!(rig.core.poll_locks(&mut rig.world));
+    rig.turn();
+    assert_eq!(rig.reply_errors(), [(2, 0)]);
+}
+
+#[test]
 fn an_interrupt_ends_a_waiting_lock_whichever_comes_first() {
     let mut rig = Rig::new(4, 1);
     rig.model.locked.store(true, Ordering::Relaxed);
@@ -425,7 +442,8 @@ fn an_interrupt_ends_a_waiting_lock_whichever_comes_first() {
         0,
     );
     rig.turn();
-    assert_eq!(rig.world.spread, [2]);
+    let spread: Vec<_> = rig.world.spread.iter().map(|i| i.unique).collect();
+    assert_eq!(spread, [2]);
     assert_eq!(rig.model.given_up.load(Ordering::Relaxed), 2);
     rig.send(
         FUSE_INTERRUPT,
@@ -443,6 +461,22 @@ fn an_interrupt_ends_a_waiting_lock_whichever_comes_first() {
         [(2, -Errno::EINTR.raw()), (3, -Errno::EINTR.raw())]
     );
     assert_eq!(rig.model.given_up.load(Ordering::Relaxed), 5);
+}
+
+#[test]
+fn an_interrupt_of_one_mount_means_no_request_of_the_next() {
+    let mut rig = Rig::new(4, 1);
+    rig.model.locked.store(true, Ordering::Relaxed);
+    let interrupt = fuse_interrupt_in { unique: 3 };
+    rig.send(FUSE_INTERRUPT, 0, interrupt.as_bytes(), 0);
+    rig.send(FUSE_DESTROY, 2, &[], 16);
+    rig.turn();
+    assert_eq!(rig.reply_errors(), [(0, 0), (2, 0)]);
+    rig.mount();
+    rig.send_lock(3);
+    rig.turn();
+    assert_eq!(rig.reply_errors(), []);
+    assert!(rig.core.has_waiting());
 }
 
 #[test]

@@ -101,6 +101,17 @@ impl<B> DeviceShared<B> {
     }
 }
 
+/// An INTERRUPT: the request that it means may be on any core, and may still be to come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interrupted {
+    /// Whose request it is.
+    pub device: DeviceId,
+    /// The number of the request.
+    pub unique: u64,
+    /// The session's epoch: a later mount counts its requests from the start again.
+    pub epoch: u32,
+}
+
 /// What the reactor asks of the world around it.
 pub trait System<B> {
     /// Interrupts a driver.
@@ -114,8 +125,8 @@ pub trait System<B> {
     fn offload(&mut self, slot: u32, job: Job<B>);
     /// Tells the management thread.
     fn report(&mut self, event: CoreEvent);
-    /// Tells every other core that a request of this device is to be interrupted.
-    fn spread_interrupt(&mut self, device: DeviceId, unique: u64);
+    /// Tells every other core that a request is to be interrupted.
+    fn spread_interrupt(&mut self, interrupted: Interrupted);
     /// Nanoseconds since some moment, for the counters; a world without time has none to count.
     fn now(&self) -> u64 {
         0

@@ -22,6 +22,8 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use super::placed::Placed;
+#[cfg(test)]
+use crate::sim::fate::{self, Bug};
 
 /// Queues of a device that have lines.
 const QUEUES: usize = ferry_shared::limits::MAX_QUEUES_PER_DEVICE as usize;
@@ -82,6 +84,13 @@ impl Lines {
     }
 }
 
+/// Stores a word of a line. In the simulation the process may die here.
+fn put(word: &AtomicU64, value: u64) {
+    #[cfg(test)]
+    fate::store();
+    word.store(value, Release);
+}
+
 /// One request's notes.
 pub type Line = [AtomicU64; WORDS];
 
@@ -112,7 +121,7 @@ impl<'a> Journal<'a> {
             && !journal.is_resumed()
         {
             // Another request of this process had the same number.
-            line[KEY].store(0, Release);
+            put(&line[KEY], 0);
         }
         journal
     }
@@ -143,17 +152,21 @@ impl<'a> Journal<'a> {
         let line = self.place?.line;
         if line[KEY].load(Relaxed) != self.key {
             // Void first: what follows must not be read as another request's.
-            line[KEY].store(0, Release);
-            line[NODE].store(0, Release);
-            line[HANDLE].store(0, Release);
-            line[PHASE].store(self.phase(), Release);
-            line[KEY].store(self.key, Release);
+            put(&line[KEY], 0);
+            put(&line[NODE], 0);
+            put(&line[HANDLE], 0);
+            put(&line[PHASE], self.phase());
+            put(&line[KEY], self.key);
         }
         Some(line)
     }
 
     /// What an earlier execution has left.
     pub fn before(&self) -> Before {
+        #[cfg(test)]
+        if fate::has(Bug::IntentIgnored) {
+            return Before::Nothing;
+        }
         match self.own() {
             Some(line) if line[PHASE].load(Acquire) & BEGUN != 0 => {
                 Before::Begun(core::array::from_fn(|i| {
@@ -168,10 +181,14 @@ impl<'a> Journal<'a> {
     /// The act comes next.
     pub fn begin(&self, facts: [u64; FACT_WORDS]) {
         let Some(line) = self.claim() else { return };
-        for (word, fact) in line.iter().skip(FACTS).zip(facts) {
-            word.store(fact, Release);
+        #[cfg(test)]
+        if fate::has(Bug::FactsLate) {
+            put(&line[PHASE], self.phase() | BEGUN);
         }
-        line[PHASE].store(self.phase() | BEGUN, Release);
+        for (word, fact) in line.iter().skip(FACTS).zip(facts) {
+            put(word, fact);
+        }
+        put(&line[PHASE], self.phase() | BEGUN);
     }
 
     /// A lookup of this node was counted for the reply; 0 is none.
@@ -179,14 +196,14 @@ impl<'a> Journal<'a> {
         if nodeid != 0
             && let Some(line) = self.claim()
         {
-            line[NODE].store(nodeid, Release);
+            put(&line[NODE], nodeid);
         }
     }
 
     /// This handle was opened for the reply.
     pub fn opened(&self, fh: u64) {
         if let Some(line) = self.claim() {
-            line[HANDLE].store(fh, Release);
+            put(&line[HANDLE], fh);
         }
     }
 
@@ -203,7 +220,7 @@ impl<'a> Journal<'a> {
     fn take(&self, at: usize) -> Option<u64> {
         let word = self.own()?.get(at)?;
         let found = word.load(Acquire);
-        word.store(0, Release);
+        put(word, 0);
         (found != 0).then_some(found)
     }
 
@@ -214,8 +231,12 @@ impl<'a> Journal<'a> {
 
     /// Notes that so many steps are done, or about to be.
     pub fn set_steps(&self, steps: u64) {
+        #[cfg(test)]
+        if fate::has(Bug::ForgetDoubled) {
+            return;
+        }
         if let Some(line) = self.claim() {
-            line[NODE].store(steps, Release);
+            put(&line[NODE], steps);
         }
     }
 }

@@ -93,3 +93,32 @@ impl Service {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keeper::{VERSION, encode};
+    use ferry_shared::msg::{Attach, DeviceSpec, Platform, PlugState};
+
+    #[test]
+    fn the_form_of_a_devices_record_belongs_to_the_version_of_records() {
+        let spec = DeviceSpec {
+            name: "vfsdev0".into(),
+            attach: Attach::VhostUser,
+            tag: "docatag".into(),
+            num_request_queues: 2,
+            queue_size: 64,
+            fsdev: "aio0".into(),
+            packed_vq: false,
+            notification_vq: false,
+            driver_platform: Platform::Native,
+        };
+        let record = DeviceV1 {
+            spec,
+            paused: true,
+            plug: PlugState::PowerOn,
+        };
+        // Whoever changes the record has to raise the version, and then both numbers here.
+        assert_eq!((VERSION, encode(&record).len()), (2, 30));
+    }
+}

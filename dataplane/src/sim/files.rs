@@ -1,4 +1,7 @@
 //! The model file system: one flat directory in memory, with faults.
+//!
+//! All of it outlives the process, its files as those of a host do, and what it knows of lookups, handles and locks as if it
+//! lay in recovery memory. What must not be done twice is noted as a real backend notes it.
 
 use core::ffi::CStr;
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,10 +10,11 @@ use ferry_shared::errno::Errno;
 use ferry_shared::limits::MAX_DATA_BUFFER;
 use spin::Mutex;
 
-use super::Rng;
+use super::{Rng, fate};
 use crate::fsdev::{Caller, DirSink, FsDev, Io, IoOp, IoResult, Negotiated, Offer, Pin};
 use crate::fuse::abi::*;
 use crate::mem::Segments;
+use crate::recovery::journal::Before;
 
 /// The file that all tasks lock.
 pub(super) const SHARED: u64 = 2;
@@ -48,11 +52,18 @@ struct State {
     /// The requests that were refused for no reason, and how.
     refused: BTreeMap<u64, Errno>,
     given_up: BTreeSet<u64>,
+    /// What each execution of a listing has counted lookups for, by its number.
+    plus: BTreeMap<u64, Vec<Vec<u64>>>,
+    /// Lookups and handles that crashes may have left.
+    leaks: u64,
+    /// Lookups that are about to be taken away.
+    forgetting: u64,
 }
 
 /// The file system.
 pub(super) struct Files {
     state: Mutex<State>,
+    seed: u64,
     faults: Faults,
     /// Operations that go to a helper.
     offload: BTreeSet<u32>,
@@ -125,22 +136,50 @@ impl Files {
                 epoch: 0,
                 refused: BTreeMap::new(),
                 given_up: BTreeSet::new(),
+                plus: BTreeMap::new(),
+                leaks: 0,
+                forgetting: 0,
             }),
+            seed,
             faults,
             offload,
         }
     }
 
-    /// Refuses a request now and then.
+    /// Refuses a request now and then, and then always.
     fn chance(&self, caller: &Caller<'_>) -> Result<(), Errno> {
         let mut state = self.state.lock();
-        if state.rng.one_in(self.faults.refuse) {
-            let errno = [Errno::ENOSPC, Errno::EIO, Errno::EINTR, Errno::EACCES]
-                [state.rng.below(4) as usize];
+        let mut rng = Rng(self.seed ^ caller.unique);
+        if rng.one_in(self.faults.refuse) {
+            let errno =
+                [Errno::ENOSPC, Errno::EIO, Errno::EINTR, Errno::EACCES][rng.below(4) as usize];
             state.refused.insert(caller.unique, errno);
             return Err(errno);
         }
         Ok(())
+    }
+
+    /// Whether an earlier execution may have done what this request is for; if not, the caller does so next, which `acts`
+    /// says: what fails anyway leaves nothing to be looked at.
+    fn is_begun(&self, caller: &Caller<'_>, acts: bool, fact: u64) -> Option<u64> {
+        match caller.journal.before() {
+            Before::Begun([fact, ..]) => Some(fact),
+            Before::Nothing => {
+                if acts {
+                    caller.journal.begin([fact, 0, 0, 0]);
+                }
+                None
+            }
+        }
+    }
+
+    /// The process has died: nobody waits, and nothing is pinned.
+    pub(super) fn crash(&self) {
+        let mut state = self.state.lock();
+        state.pins.clear();
+        state.given_up.clear();
+        // Between an act and its note, or the other way round for what is forgotten.
+        state.leaks += 2 + core::mem::take(&mut state.forgetting);
     }
 
     /// How a request was refused, if it was.
@@ -201,9 +240,13 @@ impl Files {
     pub(super) fn assert_unused(&self) {
         let state = self.state.lock();
         assert!(state.pins.is_empty(), "pins are left: {:?}", state.pins);
-        assert!(state.handles.is_empty(), "handles are left");
+        let handles = state.handles.len() as u64;
+        let lookups: u64 = state.nodes.values().map(|node| node.lookups).sum();
+        assert!(
+            handles + lookups <= state.leaks,
+            "{handles} handles and {lookups} lookups are left"
+        );
         for (id, node) in &state.nodes {
-            assert_eq!(node.lookups, 0, "lookups of node {id} are left");
             assert_eq!(node.owner, None, "node {id} is locked");
         }
         assert!(state.refused.is_empty(), "unseen: {:?}", state.refused);
@@ -260,7 +303,10 @@ impl FsDev for Files {
     }
 
     fn forget(&self, nodeid: u64, nlookup: u64) {
+        self.state.lock().forgetting = nlookup;
+        fate::store();
         let mut state = self.state.lock();
+        state.forgetting = 0;
         let node = state.node(nodeid).expect("the guest knows it");
         node.lookups = node.lookups.checked_sub(nlookup).expect("forgotten twice");
         state.reap(nodeid);
@@ -299,9 +345,17 @@ impl FsDev for Files {
 
     fn unlink(&self, caller: &Caller<'_>, _: u64, name: &CStr) -> Result<(), Errno> {
         self.chance(caller)?;
+        let found = self.state.lock().names.get(name.to_bytes()).copied();
+        let begun = self.is_begun(caller, found.is_some(), found.unwrap_or(0));
+        if begun.is_some() && begun != found {
+            return Ok(());
+        }
+        fate::store();
         let mut state = self.state.lock();
         let id = state.names.remove(name.to_bytes()).ok_or(Errno::ENOENT)?;
         state.reap(id);
+        drop(state);
+        fate::store();
         Ok(())
     }
 
@@ -315,12 +369,20 @@ impl FsDev for Files {
         _: u32,
     ) -> Result<(), Errno> {
         self.chance(caller)?;
+        let found = self.state.lock().names.get(name.to_bytes()).copied();
+        let begun = self.is_begun(caller, found.is_some(), found.unwrap_or(0));
+        if begun.is_some() && begun != found {
+            return Ok(());
+        }
+        fate::store();
         let mut state = self.state.lock();
         let id = state.names.remove(name.to_bytes()).ok_or(Errno::ENOENT)?;
         let over = state.names.insert(newname.to_bytes().to_vec(), id);
         if let Some(over) = over {
             state.reap(over);
         }
+        drop(state);
+        fate::store();
         Ok(())
     }
 
@@ -344,13 +406,25 @@ impl FsDev for Files {
         _: &fuse_create_in,
     ) -> Result<(fuse_entry_out, fuse_open_out), Errno> {
         self.chance(caller)?;
-        let mut state = self.state.lock();
-        if state.names.contains_key(name.to_bytes()) {
+        let found = self.state.lock().names.get(name.to_bytes()).copied();
+        let begun = self.is_begun(caller, found.is_none(), 0);
+        if found.is_some() && begun.is_none() {
             return Err(Errno::EEXIST);
         }
-        let id = state.draw();
-        state.nodes.insert(id, Node::default());
-        state.names.insert(name.to_bytes().to_vec(), id);
+        fate::store();
+        let mut state = self.state.lock();
+        let id = match found {
+            Some(id) => id,
+            None => {
+                let id = state.draw();
+                state.nodes.insert(id, Node::default());
+                state.names.insert(name.to_bytes().to_vec(), id);
+                id
+            }
+        };
+        drop(state);
+        fate::store();
+        let mut state = self.state.lock();
         let entry = state.entry(id);
         Ok((entry, state.open(id)))
     }
@@ -384,6 +458,7 @@ impl FsDev for Files {
     }
 
     fn release(&self, _: &Caller<'_>, _: u64, arg: &fuse_release_in) -> Result<(), Errno> {
+        fate::store();
         let mut state = self.state.lock();
         let id = state.handles.remove(&arg.fh).ok_or(Errno::EBADF)?;
         state.reap(id);
@@ -416,13 +491,17 @@ impl FsDev for Files {
 
     fn readdir(
         &self,
-        _: &Caller<'_>,
+        caller: &Caller<'_>,
         _: u64,
         arg: &fuse_read_in,
         plus: bool,
         out: &mut dyn DirSink,
     ) -> Result<(), Errno> {
         let mut state = self.state.lock();
+        let mut counted = Vec::new();
+        let executions = state.plus.entry(caller.unique).or_default();
+        let last = executions.len();
+        executions.push(Vec::new());
         // The cookie is the node's number: the order of creation, which no change of other names disturbs.
         let mut all: Vec<(u64, Vec<u8>)> =
             state.names.iter().map(|(n, id)| (*id, n.clone())).collect();
@@ -432,6 +511,9 @@ impl FsDev for Files {
                 out.entry(&name, id, id, DT_REG)
             } else if out.fits_plus(name.len()) {
                 let entry = state.entry(id);
+                counted.push(id);
+                let executions = state.plus.entry(caller.unique).or_default();
+                executions[last].clone_from(&counted);
                 out.entry_plus(&name, id, DT_REG, &entry)
             } else {
                 false
@@ -440,6 +522,14 @@ impl FsDev for Files {
                 break;
             }
         }
+        let executions = &state.plus[&caller.unique];
+        // Only the second execution can tell what the first one has counted, and only if the directory begins the same.
+        let lost = match &executions[..last] {
+            [] => 0,
+            [first] if counted.starts_with(first) => 0,
+            all => all.iter().map(Vec::len).sum(),
+        };
+        state.leaks += lost as u64;
         Ok(())
     }
 
@@ -467,11 +557,11 @@ impl FsDev for Files {
                 Ok(())
             }
             (_, true) => Ok(()),
-            (None, false) => {
+            (Some(owner), false) if owner != arg.owner => Err(Errno::EAGAIN),
+            (_, false) => {
                 node.owner = Some(arg.owner);
                 Ok(())
             }
-            (Some(_), false) => Err(Errno::EAGAIN),
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Where each queue of a device stands, for the process after this one: an in-flight record like vhost-user's, in memory
 //! of our own.
 //!
-//! A front end that keeps such a record itself gives one; for all others, and for vfio-user, this is it. Packed rings have
-//! none.
+//! A front end that keeps such a record itself gives one; for all others, and for vfio-user, this is it. Split and packed
+//! rings have different records. A driver chooses one format for all its queues, and only a reset lets it choose again, which
+//! is when a record begins anew.
 
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use crate::keeper::Keeper;
 use crate::mem::{GuestMap, Iova};
 use crate::os::fdstore::Kept;
 use crate::os::mmap::{MappedRegion, SharedMap, guest_map, new_memfd};
-use crate::virtio::inflight::{InflightQueue, queue_record_len};
+use crate::virtio::inflight::{Inflight, queue_record_len};
 
 /// A record as it is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,8 +36,7 @@ impl Requests {
         if !keeper.is_on() {
             return None;
         }
-        let len = queue_record_len(MAX_RING_SIZE as u16) as u64 * u64::from(queues);
-        let file = new_memfd("ferry-requests", len)
+        let file = new_memfd("ferry-requests", length(queues))
             .inspect_err(|error| tracing::error!(%error, "no memory to note requests in: a crash now loses them"))
             .ok()?;
         Requests::map(keeper.keep(file)?, queues)
@@ -48,8 +48,7 @@ impl Requests {
     }
 
     fn map(kept: Kept, queues: u16) -> Option<Requests> {
-        let len = queue_record_len(MAX_RING_SIZE as u16) as u64 * u64::from(queues);
-        let file = SharedMap::new(&kept, 0, len, true).ok()?;
+        let file = SharedMap::new(&kept, 0, length(queues), true).ok()?;
         let region = MappedRegion {
             iova: Iova(0),
             map: Arc::new(file),
@@ -68,8 +67,14 @@ impl Requests {
         }
     }
 
-    /// The part of one queue.
-    pub(crate) fn queue(&self, index: QueueIdx) -> Option<InflightQueue> {
-        InflightQueue::new(&self.map, index.0, MAX_RING_SIZE as u16).ok()
+    /// The part of one queue, in the format of its ring.
+    pub(crate) fn queue(&self, index: QueueIdx, packed: bool) -> Option<Inflight> {
+        Inflight::new(&self.map, index.0, MAX_RING_SIZE as u16, packed).ok()
     }
+}
+
+/// Room for the records of so many queues, of either format.
+fn length(queues: u16) -> u64 {
+    let each = [false, true].map(|packed| queue_record_len(MAX_RING_SIZE as u16, packed) as u64);
+    each.into_iter().max().unwrap_or(0) * u64::from(queues)
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::engine::{CoreEvent, Cores, DeviceId, QueueIdx, QueueKind, QueueStart};
 use crate::mem::GuestMap;
 use crate::os::eventfd::EventFd;
-use crate::virtio::inflight::InflightQueue;
+use crate::virtio::inflight::Inflight;
 use crate::virtio::queue::{QueueConfig, QueueState};
 
 /// What a queue is started with.
@@ -23,7 +23,7 @@ pub struct QueueSetup {
     /// Interrupts the driver.
     pub call: Option<Arc<EventFd>>,
     /// vhost-user's in-flight record of the queue.
-    pub inflight: Option<InflightQueue>,
+    pub inflight: Option<Inflight>,
 }
 
 /// What has happened that the transport's own state machine may wait for.
@@ -63,6 +63,8 @@ pub struct RunningQueues {
     map: Arc<GuestMap>,
     slots: Vec<Slot>,
     paused: bool,
+    /// The device may not access memory now.
+    held: bool,
     resetting: bool,
     /// `set_memory` calls that the cores have not answered.
     maps_pending: u32,
@@ -76,8 +78,17 @@ impl RunningQueues {
             map: Arc::default(),
             slots: (0..count).map(|_| Slot::default()).collect(),
             paused: false,
+            held: false,
             resetting: false,
             maps_pending: 0,
+        }
+    }
+
+    /// The same for a device that may not access memory until [`hold`](Self::hold) says so.
+    pub fn held(device: DeviceId, count: u16) -> RunningQueues {
+        RunningQueues {
+            held: true,
+            ..RunningQueues::new(device, count)
         }
     }
 
@@ -127,7 +138,7 @@ impl RunningQueues {
         let Some(setup) = slot.wanted.clone() else {
             return;
         };
-        if self.paused || self.resetting || slot.run != Run::Stopped {
+        if self.paused || self.held || self.resetting || slot.run != Run::Stopped {
             return;
         }
         slot.run = Run::Running;
@@ -195,7 +206,8 @@ impl RunningQueues {
         self.resetting = true;
         for (slot, index) in self.slots.iter_mut().zip(0..) {
             slot.wanted = None;
-            if slot.run == Run::Running {
+            // One that stops already may wait for a request; now it drops that.
+            if slot.run != Run::Stopped {
                 slot.run = Run::Stopping;
                 cores.reset_queue(self.device, QueueIdx(index));
             }
@@ -212,6 +224,7 @@ impl RunningQueues {
             map,
             slots,
             paused: _,
+            held: _,
             resetting,
             maps_pending: _,
         } = self;
@@ -240,6 +253,10 @@ impl RunningQueues {
     /// Stops all queues where they are; what the driver wants is remembered. [`is_paused`](Self::is_paused) tells when.
     pub fn pause(&mut self, cores: &mut dyn Cores) {
         self.paused = true;
+        self.stop_all(cores);
+    }
+
+    fn stop_all(&mut self, cores: &mut dyn Cores) {
         for (slot, index) in self.slots.iter_mut().zip(0..) {
             if slot.run == Run::Running {
                 slot.run = Run::Stopping;
@@ -251,6 +268,23 @@ impl RunningQueues {
     /// Takes back a pause.
     pub fn resume(&mut self, cores: &mut dyn Cores) {
         self.paused = false;
+        self.launch_all(cores);
+    }
+
+    /// Says whether the device must keep off memory: all queues then stop where they are until it may access it again.
+    pub fn hold(&mut self, held: bool, cores: &mut dyn Cores) {
+        if self.held == held {
+            return;
+        }
+        self.held = held;
+        if held {
+            self.stop_all(cores);
+        } else {
+            self.launch_all(cores);
+        }
+    }
+
+    fn launch_all(&mut self, cores: &mut dyn Cores) {
         for index in 0..self.slots.len() as u16 {
             self.launch(QueueIdx(index), cores);
         }

@@ -72,6 +72,8 @@ impl Area {
     /// Copies bytes out, if they lie inside.
     #[inline]
     pub(crate) fn write(&self, offset: usize, src: &[u8]) {
+        #[cfg(test)]
+        crate::sim::fate::store();
         if let Some(host) = self.at(offset, src.len(), 1) {
             copy_out(src, host);
         }
@@ -91,6 +93,8 @@ impl Area {
     /// Stores a little-endian number.
     #[inline]
     pub(crate) fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
+        #[cfg(test)]
+        crate::sim::fate::store();
         if let Some(host) = self.at(offset, 2, 2) {
             // SAFETY: as in `load_u16`.
             let atomic = unsafe { atomic_u16(host) };
@@ -112,6 +116,8 @@ impl Area {
     /// Stores a little-endian number.
     #[inline]
     pub(crate) fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
+        #[cfg(test)]
+        crate::sim::fate::store();
         if let Some(host) = self.at(offset, 4, 4) {
             // SAFETY: as in `load_u32`.
             let atomic = unsafe { atomic_u32(host) };

@@ -1,4 +1,4 @@
-//! vhost-user's record of requests in flight, for split rings.
+//! vhost-user's record of requests in flight: here for split rings, in [`packed`] for packed ones.
 //!
 //! It lies in memory that the front end keeps, so that a back end that starts after a crash learns which requests were popped
 //! and never given back. Layout and order of the writes are those of the protocol ("Inflight I/O tracking"). The front end
@@ -7,6 +7,10 @@
 //! Numbers are in the host's byte order. The writes need only be in program order, for the reader comes after this process;
 //! compiler fences see to that.
 
+#[cfg(test)]
+mod crash_tests;
+mod packed;
+
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{Ordering, compiler_fence};
@@ -14,6 +18,10 @@ use core::sync::atomic::{Ordering, compiler_fence};
 use super::area::Area;
 use super::queue::QueueState;
 use crate::mem::{Fault, GuestMap, Iova};
+#[cfg(test)]
+use crate::sim::fate::{self, Bug};
+
+pub use packed::PackedInflight;
 
 /// Byte offsets of the header's fields.
 const VERSION: usize = 8;
@@ -28,14 +36,59 @@ const COUNTER: usize = 8;
 const ENTRY: usize = 16;
 
 /// Bytes that the record of one queue takes; each begins on a cache line.
-pub fn queue_record_len(queue_size: u16) -> usize {
+pub fn queue_record_len(queue_size: u16, packed: bool) -> usize {
+    if packed {
+        return packed::queue_record_len(queue_size);
+    }
     usize::from(queue_size)
         .saturating_mul(ENTRY)
         .saturating_add(HEADER)
         .next_multiple_of(64)
 }
 
-/// The part of the in-flight record that belongs to one queue.
+/// The part of the in-flight record that belongs to one queue, in its ring's format.
+#[derive(Clone, Debug)]
+pub enum Inflight {
+    /// Of a split ring.
+    Split(InflightQueue),
+    /// Of a packed ring.
+    Packed(PackedInflight),
+}
+
+impl Inflight {
+    /// The record of queue number `index` in shared memory that `record` maps at address 0.
+    pub fn new(
+        record: &Arc<GuestMap>,
+        index: u16,
+        queue_size: u16,
+        packed: bool,
+    ) -> Result<Inflight, Fault> {
+        Ok(if packed {
+            Inflight::Packed(PackedInflight::new(record, index, queue_size)?)
+        } else {
+            Inflight::Split(InflightQueue::new(record, index, queue_size)?)
+        })
+    }
+
+    /// Forgets everything: the queue begins anew.
+    pub fn clear(&self) {
+        match self {
+            Inflight::Split(record) => record.clear(),
+            Inflight::Packed(record) => record.clear(),
+        }
+    }
+
+    /// Where a queue goes on that an earlier process served. A split used ring stands at `used_idx`; a packed ring's record
+    /// knows itself where its ring stands, and says so when the queue starts.
+    pub fn resume(&mut self, queue_size: u16, used_idx: u16) -> QueueState {
+        match self {
+            Inflight::Split(record) => record.resume(queue_size, used_idx),
+            Inflight::Packed(_) => QueueState::fresh(true),
+        }
+    }
+}
+
+/// The part of the in-flight record that belongs to one split queue.
 #[derive(Clone, Debug)]
 pub struct InflightQueue {
     area: Area,
@@ -46,13 +99,8 @@ pub struct InflightQueue {
 }
 
 impl InflightQueue {
-    /// The record of queue number `index` in shared memory that `record` maps at address 0.
-    pub fn new(
-        record: &Arc<GuestMap>,
-        index: u16,
-        queue_size: u16,
-    ) -> Result<InflightQueue, Fault> {
-        let len = queue_record_len(queue_size);
+    fn new(record: &Arc<GuestMap>, index: u16, queue_size: u16) -> Result<InflightQueue, Fault> {
+        let len = queue_record_len(queue_size, false);
         let at = (len as u64).saturating_mul(u64::from(index));
         Ok(InflightQueue {
             area: Area::new(record, Iova(at), len, 8, true)?,
@@ -92,7 +140,7 @@ impl InflightQueue {
     }
 
     /// Forgets everything: the queue begins anew.
-    pub fn clear(&self) {
+    fn clear(&self) {
         self.put16(VERSION, 0);
         compiler_fence(Ordering::SeqCst);
         for head in 0..self.size {
@@ -104,7 +152,7 @@ impl InflightQueue {
 
     /// Where a queue goes on that an earlier process served: its used ring stands at `used_idx`, and what is recorded as
     /// in flight has been popped besides.
-    pub fn resume(&mut self, queue_size: u16, used_idx: u16) -> QueueState {
+    fn resume(&mut self, queue_size: u16, used_idx: u16) -> QueueState {
         let heads = self.recover(queue_size, used_idx).len() as u16;
         QueueState {
             avail: used_idx.wrapping_add(heads),
@@ -149,6 +197,10 @@ impl InflightQueue {
         if head >= self.size || self.in_flight(head) {
             return;
         }
+        #[cfg(test)]
+        if fate::has_rarely(Bug::EntrySkipped) {
+            return;
+        }
         self.counter = self.counter.wrapping_add(1);
         self.area
             .write(Self::entry(head, COUNTER), &self.counter.to_ne_bytes());
@@ -167,6 +219,10 @@ impl InflightQueue {
         self.put16(LAST_BATCH_HEAD, head);
         compiler_fence(Ordering::SeqCst);
         self.batch.push(head);
+        #[cfg(test)]
+        if fate::has(Bug::ClearedEarly) {
+            self.set_in_flight(head, false);
+        }
     }
 
     /// The driver has been shown the used entries up to `used_idx`.
@@ -220,7 +276,12 @@ mod tests {
                 parked: Vec::new(),
             };
             let record = InflightQueue::new(&self.record.map(), 1, SIZE).unwrap();
-            Queue::new(config, &self.driver.ram.map(), Some(record)).unwrap()
+            Queue::new(
+                config,
+                &self.driver.ram.map(),
+                Some(Inflight::Split(record)),
+            )
+            .unwrap()
         }
     }
 
@@ -265,7 +326,7 @@ mod tests {
             let used = rig.driver.ram.get16(config.used.0 + 2);
             config.state = record().resume(SIZE, used);
             let map = rig.driver.ram.map();
-            Queue::new(config, &map, Some(record())).unwrap()
+            Queue::new(config, &map, Some(Inflight::Split(record()))).unwrap()
         };
         // A process that dies before it has done anything changes nothing.
         drop(resume());
@@ -333,7 +394,7 @@ mod tests {
     #[test]
     fn a_record_too_short_for_its_queues_is_refused() {
         let record = Ram::new(&[(0, 4096)]).map();
-        let per_queue = queue_record_len(SIZE) as u64;
+        let per_queue = queue_record_len(SIZE, false) as u64;
         let last = (4096 / per_queue - 1) as u16;
         assert!(InflightQueue::new(&record, last, SIZE).is_ok());
         assert!(InflightQueue::new(&record, last + 1, SIZE).is_err());

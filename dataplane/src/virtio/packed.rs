@@ -1,10 +1,12 @@
 //! The packed ring format (virtio 1.3, section 2.8). Used by `queue` only.
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::sync::atomic::{Ordering, fence};
 
 use super::area::Area;
 use super::chain::{Chain, Range};
+use super::inflight::PackedInflight;
 use super::queue::{Head, QueueConfig, QueueError, WRAP, need_event};
 use super::spec::{
     DESC_SIZE, DescFlags, EVENT_FLAGS_DESC, EVENT_FLAGS_DISABLE, EVENT_FLAGS_ENABLE, PackedDesc,
@@ -102,6 +104,9 @@ pub(super) struct PackedRing {
     avail: Cursor,
     used: Cursor,
     staged: Option<Staged>,
+    /// Heads in the record that an earlier process popped and never gave back, the next one last.
+    resubmit: Vec<u16>,
+    inflight: Option<PackedInflight>,
 }
 
 fn offset(at: u16, field: usize) -> usize {
@@ -111,10 +116,27 @@ fn offset(at: u16, field: usize) -> usize {
 }
 
 impl PackedRing {
-    pub(super) fn new(config: &QueueConfig, map: &Arc<GuestMap>) -> Result<PackedRing, QueueError> {
-        let avail = Cursor::from_raw(config.state.avail);
-        let used = Cursor::from_raw(config.state.used);
+    pub(super) fn new(
+        config: &QueueConfig,
+        map: &Arc<GuestMap>,
+        mut inflight: Option<PackedInflight>,
+    ) -> Result<PackedRing, QueueError> {
+        let mut avail = Cursor::from_raw(config.state.avail);
+        let mut used = Cursor::from_raw(config.state.used);
         let size = config.size;
+        let areas = Areas::new(config, map)?;
+        let mut resubmit = Vec::new();
+        if let Some(record) = &mut inflight {
+            let found = record.recover(
+                size,
+                config.state.used,
+                |at| Cursor::from_raw(at).at < size && is_used(&areas, Cursor::from_raw(at)),
+                |old, new| Cursor::from_raw(new).ahead_of(Cursor::from_raw(old), size),
+            );
+            used = Cursor::from_raw(found.used);
+            avail = used.advance(found.count.min(size), size);
+            resubmit = found.heads;
+        }
         if avail.at >= size || used.at >= size || avail.ahead_of(used, size).is_none() {
             return Err(QueueError::Position {
                 avail: avail.raw(),
@@ -122,11 +144,16 @@ impl PackedRing {
                 size,
             });
         }
+        if inflight.is_some() {
+            hide_used(&areas, used, avail, size);
+        }
         Ok(PackedRing {
-            areas: Some(Areas::new(config, map)?),
+            areas: Some(areas),
             avail,
             used,
             staged: None,
+            resubmit,
+            inflight,
         })
     }
 
@@ -142,6 +169,10 @@ impl PackedRing {
     }
 
     pub(super) fn has_work(&self) -> bool {
+        !self.resubmit.is_empty() || self.is_available()
+    }
+
+    fn is_available(&self) -> bool {
         let Some(areas) = &self.areas else {
             return false;
         };
@@ -161,7 +192,10 @@ impl PackedRing {
         map: &GuestMap,
         chain: &mut Chain,
     ) -> Result<Option<(Head, Option<Fault>)>, QueueError> {
-        if !self.has_work() {
+        if let Some(head) = self.resubmit.pop() {
+            return self.pop_again(config, map, chain, head);
+        }
+        if !self.is_available() {
             return Ok(None);
         }
         let Some(areas) = &self.areas else {
@@ -170,10 +204,9 @@ impl PackedRing {
         let size = config.size;
         let taken = self.avail.ahead_of(self.used, size).unwrap_or(size);
         let free = size.saturating_sub(taken);
-        let mut fault = None;
         let mut count: u16 = 0;
         let mut cursor = self.avail;
-        let id = loop {
+        let (id, fault) = loop {
             if count >= free {
                 return Err(QueueError::Overcommitted { size });
             }
@@ -181,23 +214,39 @@ impl PackedRing {
             let desc: PackedDesc = zerocopy::transmute!(bytes);
             count = count.saturating_add(1);
             cursor = cursor.advance(1, size);
-            let flags = DescFlags::from_bits_retain(desc.flags.get());
-            let range = Range {
-                iova: Iova(desc.addr.get()),
-                len: desc.len.get(),
-            };
-            if flags.contains(DescFlags::INDIRECT) {
-                fault = walk_indirect(config, map, flags, range, chain)?;
-                break desc.id.get();
+            if let Some(record) = &mut self.inflight {
+                record.took(&desc);
             }
-            chain.push(range, flags.contains(DescFlags::WRITE))?;
-            if !flags.contains(DescFlags::NEXT) {
+            if let Some(fault) = add(config, map, &desc, chain)? {
                 // The buffer id is that of the last descriptor (section 2.8.6).
-                break desc.id.get();
+                break (desc.id.get(), fault);
             }
         };
         self.avail = cursor;
-        Ok(Some((Head { id, count }, fault)))
+        let entry = self.inflight.as_mut().map_or(0, PackedInflight::popped);
+        Ok(Some((Head { id, count, entry }, fault)))
+    }
+
+    /// Takes a request that an earlier process has popped: the ring may not have its descriptors any more.
+    fn pop_again(
+        &self,
+        config: &QueueConfig,
+        map: &GuestMap,
+        chain: &mut Chain,
+        entry: u16,
+    ) -> Result<Option<(Head, Option<Fault>)>, QueueError> {
+        let Some(record) = &self.inflight else {
+            return Ok(None);
+        };
+        let (mut id, mut count, mut fault) = (0, 0u16, None);
+        for (_, desc) in record.entries(entry) {
+            id = desc.id.get();
+            count = count.saturating_add(1);
+            if let Some(end) = add(config, map, &desc, chain)? {
+                fault = end;
+            }
+        }
+        Ok(Some((Head { id, count, entry }, fault)))
     }
 
     pub(super) fn push_used(&mut self, config: &QueueConfig, head: &Head, written: u32) {
@@ -224,6 +273,9 @@ impl PackedRing {
         });
         staged.count = staged.count.saturating_add(head.count);
         self.used = self.used.advance(head.count, config.size);
+        if let Some(record) = &mut self.inflight {
+            record.staged(head.entry, self.used.raw());
+        }
     }
 
     pub(super) fn publish(&mut self, config: &QueueConfig) -> bool {
@@ -239,6 +291,9 @@ impl PackedRing {
             staged.flags.bits(),
             Ordering::Release,
         );
+        if let Some(record) = &mut self.inflight {
+            record.published(self.used.raw());
+        }
         // Pairs with the driver's full barrier between writing its event suppression and looking at the ring again.
         fence(Ordering::SeqCst);
         let event = areas.driver.load_u32(0, Ordering::Relaxed);
@@ -282,6 +337,54 @@ impl PackedRing {
     pub(super) fn position(&self) -> (u16, u16) {
         (self.avail.raw(), self.used.raw())
     }
+}
+
+/// Whether the driver sees a used descriptor at this place.
+fn is_used(areas: &Areas, cursor: Cursor) -> bool {
+    let flags = areas
+        .ring
+        .load_u16(offset(cursor.at, FLAGS), Ordering::Acquire);
+    let flags = DescFlags::from_bits_retain(flags);
+    [DescFlags::AVAIL, DescFlags::USED].map(|flag| flags.contains(flag)) == [cursor.wrap; 2]
+}
+
+/// Used descriptors that an earlier process wrote behind one that it did not show become available ones again.
+fn hide_used(areas: &Areas, used: Cursor, avail: Cursor, size: u16) {
+    let mut at = used;
+    while at != avail {
+        if is_used(areas, at) {
+            let flags = if at.wrap {
+                DescFlags::AVAIL
+            } else {
+                DescFlags::USED
+            };
+            areas
+                .ring
+                .store_u16(offset(at.at, FLAGS), flags.bits(), Ordering::Relaxed);
+        }
+        at = at.advance(1, size);
+    }
+    // The driver must not see the next used descriptor before these are gone.
+    fence(Ordering::SeqCst);
+}
+
+/// Adds a ring descriptor to the chain. `None` if another one follows; otherwise the fault that cut the walk short.
+fn add(
+    config: &QueueConfig,
+    map: &GuestMap,
+    desc: &PackedDesc,
+    chain: &mut Chain,
+) -> Result<Option<Option<Fault>>, QueueError> {
+    let flags = DescFlags::from_bits_retain(desc.flags.get());
+    let range = Range {
+        iova: Iova(desc.addr.get()),
+        len: desc.len.get(),
+    };
+    if flags.contains(DescFlags::INDIRECT) {
+        return walk_indirect(config, map, flags, range, chain).map(Some);
+    }
+    chain.push(range, flags.contains(DescFlags::WRITE))?;
+    Ok((!flags.contains(DescFlags::NEXT)).then_some(None))
 }
 
 /// Takes all descriptors of an indirect table, in order; their NEXT flags mean nothing (section 2.8.7).

@@ -12,7 +12,7 @@ use ferry_shared::limits::MAX_RING_SIZE;
 use serde::{Deserialize, Serialize};
 
 use super::chain::{Chain, ChainFault, Range};
-use super::inflight::InflightQueue;
+use super::inflight::Inflight;
 use super::packed::PackedRing;
 use super::split::SplitRing;
 use crate::mem::{Fault, GuestMap, Iova};
@@ -70,6 +70,9 @@ pub(super) const WRAP: u16 = 1 << 15;
 pub struct Parked {
     id: u16,
     count: u16,
+    /// Its entry in the in-flight record, which another process looks up itself.
+    #[serde(skip)]
+    entry: u16,
     ranges: Vec<Range>,
     readable: usize,
 }
@@ -169,6 +172,8 @@ pub struct Head {
     pub(super) id: u16,
     /// Ring descriptors that the request takes (1 for split).
     pub(super) count: u16,
+    /// Packed: the request's entry in the in-flight record, if there is one.
+    pub(super) entry: u16,
 }
 
 impl Head {
@@ -189,10 +194,6 @@ pub struct Popped {
 }
 
 #[derive(Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "one per running queue; a box would cost an indirection on every access"
-)]
 enum Ring {
     Split(SplitRing),
     Packed(PackedRing),
@@ -215,21 +216,29 @@ impl Queue {
     pub fn new(
         mut config: QueueConfig,
         map: &Arc<GuestMap>,
-        inflight: Option<InflightQueue>,
+        inflight: Option<Inflight>,
     ) -> Result<Queue, QueueError> {
         let size = config.size;
         if size == 0 || u32::from(size) > MAX_RING_SIZE {
             return Err(QueueError::Size { size });
         }
         let mut parked: VecDeque<Parked> = core::mem::take(&mut config.state.parked).into();
-        let ring = if config.packed {
-            Ring::Packed(PackedRing::new(&config, map)?)
-        } else {
-            if inflight.is_some() {
-                parked.clear();
+        if inflight.is_some() {
+            parked.clear();
+        }
+        let ring = match (config.packed, inflight) {
+            (true, Some(Inflight::Packed(record))) => {
+                Ring::Packed(PackedRing::new(&config, map, Some(record))?)
             }
-            let heads = parked.iter().map(|p| p.id);
-            Ring::Split(SplitRing::new(&config, map, inflight, heads)?)
+            (true, _) => Ring::Packed(PackedRing::new(&config, map, None)?),
+            (false, inflight) => {
+                let record = match inflight {
+                    Some(Inflight::Split(record)) => Some(record),
+                    Some(Inflight::Packed(_)) | None => None,
+                };
+                let heads = parked.iter().map(|p| p.id);
+                Ring::Split(SplitRing::new(&config, map, record, heads)?)
+            }
         };
         Ok(Queue {
             ring,
@@ -319,6 +328,7 @@ impl Queue {
         let head = Head {
             id: parked.id,
             count: parked.count,
+            entry: parked.entry,
         };
         Ok(Popped { head, fault })
     }
@@ -337,11 +347,12 @@ impl Queue {
     /// Puts a popped request back: the next [`pop`](Self::pop), of this run or a later one, returns it again.
     pub fn requeue(&mut self, head: Head, chain: &Chain) {
         self.in_flight = self.in_flight.saturating_sub(1);
-        let Head { id, count } = head;
+        let Head { id, count, entry } = head;
         let (ranges, readable) = chain.ranges();
         self.parked.push_back(Parked {
             id,
             count,
+            entry,
             ranges: ranges.to_vec(),
             readable,
         });
@@ -349,7 +360,11 @@ impl Queue {
 
     /// Forgets a popped request without an answer: the queue is being reset.
     pub fn abandon(&mut self, head: Head) {
-        let Head { id: _, count: _ } = head;
+        let Head {
+            id: _,
+            count: _,
+            entry: _,
+        } = head;
         self.in_flight = self.in_flight.saturating_sub(1);
     }
 

@@ -37,6 +37,8 @@ bitflags! {
         const ORDER_PLATFORM = 1 << 36;
         /// `VIRTIO_F_NOTIFICATION_DATA`.
         const NOTIFICATION_DATA = 1 << 38;
+        /// `VIRTIO_F_NOTIF_CONFIG_DATA`.
+        const NOTIF_CONFIG_DATA = 1 << 39;
         /// `VIRTIO_F_RING_RESET`.
         const RING_RESET = 1 << 40;
 

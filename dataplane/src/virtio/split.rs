@@ -179,7 +179,8 @@ impl SplitRing {
         if let Some(record) = &mut self.inflight {
             record.popped(head);
         }
-        Ok(Some((Head { id: head, count: 1 }, fault)))
+        let (id, count, entry) = (head, 1, 0);
+        Ok(Some((Head { id, count, entry }, fault)))
     }
 
     /// Has the processor fetch what the next requests consist of: another processor has just written it, and the fetches of

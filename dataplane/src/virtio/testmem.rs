@@ -12,9 +12,15 @@ use super::queue::{QueueConfig, QueueState};
 use super::spec::{DESC_SIZE, DescFlags};
 use crate::mem::{GuestMap, Iova, Mapping, Region};
 
+/// How regions are aligned.
+const PAGE: usize = 4096;
+
 #[derive(Debug)]
 struct Block {
+    /// The beginning and the length of the region, inside what was allocated.
     base: NonNull<u8>,
+    len: usize,
+    allocated: NonNull<u8>,
     layout: Layout,
 }
 
@@ -26,7 +32,7 @@ unsafe impl Sync for Block {}
 impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout in `Ram::new`.
-        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+        unsafe { dealloc(self.allocated.as_ptr(), self.layout) }
     }
 }
 
@@ -44,10 +50,18 @@ pub(crate) struct Ram {
 impl Ram {
     pub(crate) fn new(regions: &[(u64, usize)]) -> Ram {
         let block = |len: usize| {
-            let layout = Layout::from_size_align(len, 4096).unwrap();
-            // SAFETY: the tests' lengths are not 0.
-            let base = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap();
-            Arc::new(Block { base, layout })
+            // Of memory that is aligned to no more than this, what is never touched costs nothing.
+            let layout = Layout::from_size_align(len + PAGE, 16).unwrap();
+            // SAFETY: the length is not 0.
+            let allocated = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap();
+            let skip = allocated.as_ptr().align_offset(PAGE);
+            let base = NonNull::new(allocated.as_ptr().wrapping_add(skip)).unwrap();
+            Arc::new(Block {
+                base,
+                len,
+                allocated,
+                layout,
+            })
         };
         Ram {
             next: regions[0].0,
@@ -66,7 +80,7 @@ impl Ram {
             .iter()
             .map(|(at, b)| Region {
                 iova: Iova(*at),
-                len: b.layout.size() as u64,
+                len: b.len as u64,
                 host: b.base,
                 writable: true,
             })
@@ -86,7 +100,7 @@ impl Ram {
         self.next = at + len as u64;
         let (start, block) = &self.regions[0];
         assert!(
-            self.next <= start + block.layout.size() as u64,
+            self.next <= start + block.len as u64,
             "guest memory is full"
         );
         at
@@ -94,7 +108,7 @@ impl Ram {
 
     fn host(&self, at: u64, len: usize) -> *mut u8 {
         for (start, block) in &self.regions {
-            if at >= *start && at + len as u64 <= start + block.layout.size() as u64 {
+            if at >= *start && at + len as u64 <= start + block.len as u64 {
                 return block.base.as_ptr().wrapping_add((at - start) as usize);
             }
         }

@@ -35,9 +35,9 @@ fn node_ids_handles_and_lookup_counts_survive_a_crash() {
     let attr = rig.fs.getattr(&root(), file.nodeid, None).unwrap().attr;
     assert_eq!(attr.ino, file.attr.ino);
     assert_eq!(rig.look(dir, "f").unwrap().nodeid, file.nodeid);
-    assert_eq!(
-        rig.fs.getattr(&root(), killed.nodeid, None).err(),
-        Some(Errno::ESTALE)
+    assert!(
+        rig.fs.getattr(&root(), killed.nodeid, None).is_ok(),
+        "a file handle may still name what was forgotten"
     );
     assert_eq!(
         rig.read(killed.nodeid, killed_fh, 0, 1).err(),

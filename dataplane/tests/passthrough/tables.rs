@@ -155,8 +155,29 @@ fn a_forgotten_inode_is_found_again_by_its_node_id() {
     rig.forget(f.nodeid);
     fs::remove_file(rig.top.join("d/f")).unwrap();
     assert_eq!(rig.look(f.nodeid, ".").unwrap_err(), Errno::ESTALE);
-    rig.mount(u64::MAX);
-    assert_eq!(rig.look(d, ".").unwrap_err(), Errno::ESTALE);
+}
+
+/// The server's clients keep their handles while its machine mounts again.
+#[test]
+fn node_ids_outlive_a_mount_for_those_who_hold_file_handles() {
+    let rig = Rig::on_disk();
+    let fds = rig.fds();
+    let d = rig.mkdir(ROOT, "d").unwrap().nodeid;
+    let (f, _) = rig.create(d, "f");
+    let (gone, _) = rig.create(d, "gone");
+    rig.fs.unlink(&root(), d, &name("gone")).unwrap();
+    for _ in 0..2 {
+        rig.mount(u64::MAX);
+        // The FORGETs of the mount before may come late.
+        rig.forget(f.nodeid);
+        assert_eq!(rig.fs.usage(), (1, 0, 0));
+        assert_eq!(rig.fds(), fds, "it costs no descriptor");
+    }
+    assert_eq!(rig.look(f.nodeid, ".").unwrap().attr.ino, f.attr.ino);
+    assert_eq!(rig.look(d, "f").unwrap().nodeid, f.nodeid);
+    assert_eq!(rig.look(gone.nodeid, ".").unwrap_err(), Errno::ESTALE);
+    rig.mount(!FUSE_EXPORT_SUPPORT);
+    assert_eq!(rig.fs.getattr(&root(), d, None).unwrap_err(), Errno::ESTALE);
 }
 
 #[test]

@@ -31,9 +31,10 @@ fn what_cores_count_is_read_through_the_file() {
         written: 0,
         ns: 1000,
     };
-    core.finished(7, request);
+    core.finished(7, 0, request);
     core.finished(
         7,
+        0,
         Finished {
             error: true,
             ..request
@@ -41,6 +42,7 @@ fn what_cores_count_is_read_through_the_file() {
     );
     core.finished(
         7,
+        0,
         Finished {
             opcode: 4096,
             ns: u64::MAX,
@@ -94,12 +96,70 @@ fn a_queue_has_the_share_of_its_requests_in_what_its_core_has_counted_since() {
         turns: 0,
         busy: 320,
         idle: 1480,
+        ..CountedQueue::default()
     };
     assert_eq!(queues, [expected]);
     core.queue_gone(3);
     assert!(reading.reader().queues(0).is_empty());
     core.queue_placed(QUEUES, &place);
     assert!(reading.reader().queues(0).is_empty());
+}
+
+#[test]
+fn a_queue_is_counted_by_itself_and_anew_where_it_is_moved_to() {
+    let (counters, file) = leaked(1);
+    let core = CoreCounters::new(counters.words(), 0);
+    let place = QueuePlace {
+        thread: 4,
+        device: 9,
+        ..QueuePlace::default()
+    };
+    core.queue_placed(0, &place);
+    core.queue_placed(2, &QueuePlace { thread: 5, ..place });
+    let read = Finished {
+        opcode: 15,
+        read: 4096,
+        ns: 1000,
+        ..Finished::default()
+    };
+    core.finished(9, 2, read);
+    core.finished(
+        9,
+        2,
+        Finished {
+            error: true,
+            read: 0,
+            written: 7,
+            ..read
+        },
+    );
+    core.queue_waits(2, QueueWait::Slot);
+    core.queue_waits(2, QueueWait::Slot);
+    core.queue_waits(2, QueueWait::Buffers);
+    let reading = Counters::open(&file).unwrap();
+    let queues = reading.reader().queues(0);
+    assert_eq!(queues[0].answered, OpTotals::default());
+    let queue = queues[1];
+    let answered = queue.answered;
+    assert_eq!(
+        (answered.requests, answered.errors, answered.ns),
+        (2, 1, 2000)
+    );
+    assert_eq!(answered.buckets[1], 2);
+    assert_eq!((queue.read, queue.written), (4096, 7));
+    assert_eq!((queue.slot_waits, queue.buffer_waits), (2, 1));
+    core.queue_placed(2, &place);
+    let again = reading.reader().queues(0)[1];
+    assert_eq!(again.answered, OpTotals::default());
+    assert_eq!(
+        (
+            again.read,
+            again.written,
+            again.slot_waits,
+            again.buffer_waits
+        ),
+        (0, 0, 0, 0)
+    );
 }
 
 #[test]

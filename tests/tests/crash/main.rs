@@ -1,6 +1,8 @@
-//! The data plane is killed, handed over and stopped under a mount in use. [`pauses`]: nobody there sees more than a pause.
+//! The data plane is killed, handed over and stopped under a mount in use. [`pauses`], and [`guests`] with Linux guests: nobody
+//! there sees more than a pause.
 //! [`once`]: what the host's kernel holds stays valid, and what it asked for happens once.
 
+mod guests;
 mod once;
 mod pauses;
 

@@ -27,6 +27,14 @@ fn vhost_user(service: &Service) -> Result<PathBuf> {
     service.start_vhost_user_device("vfsdev0", "crashes", "aio0")
 }
 
+fn doca_packed(service: &Service) -> Result<PathBuf> {
+    service.start_doca_device_with("vfsdev0", "crashes", "aio0", "--packed-vq")
+}
+
+fn vhost_user_packed(service: &Service) -> Result<PathBuf> {
+    service.start_vhost_user_device_with("vfsdev0", "crashes", "aio0", "--packed-vq")
+}
+
 /// Kills the data plane, and waits for the next one.
 fn kill_data_plane(service: &Service) -> Result<Pid> {
     let old = service.child("ferry-dataplane")?;
@@ -269,4 +277,16 @@ fn kills_under_load_lose_and_double_nothing_on_a_doca_function() {
 fn kills_under_load_lose_and_double_nothing_on_a_vhost_user_device() {
     need!(can_mount());
     under_load(vhost_user, times(KILLS).unwrap()).unwrap();
+}
+
+#[test]
+fn kills_under_load_lose_and_double_nothing_on_a_doca_function_with_packed_rings() {
+    need!(can_mount());
+    under_load(doca_packed, times(KILLS).unwrap()).unwrap();
+}
+
+#[test]
+fn kills_under_load_lose_and_double_nothing_on_a_vhost_user_device_with_packed_rings() {
+    need!(can_mount());
+    under_load(vhost_user_packed, times(KILLS).unwrap()).unwrap();
 }

@@ -25,7 +25,7 @@ impl Outcome {
     }
 
     /// Whether a mount may come to this where the export itself comes to `direct`.
-    fn agrees_with(&self, direct: Option<&Self>) -> bool {
+    pub(crate) fn agrees_with(&self, direct: Option<&Self>) -> bool {
         match (self, direct) {
             (Self::Passed(here), Some(Self::Passed(there))) => here == there,
             (Self::Failed(_), Some(Self::Passed(_) | Self::Skipped) | None) => false,
@@ -55,15 +55,22 @@ impl Outcomes {
         self.0.insert(test.into(), outcome);
     }
 
-    /// The tests that came to something else than on the export itself, each with both outcomes.
-    pub(crate) fn differing_from(&self, direct: &Self) -> Vec<String> {
+    /// The tests that came to something else than on the export itself, by what `agrees` says, each with both outcomes.
+    pub(crate) fn differing_from(
+        &self,
+        direct: &Self,
+        agrees: impl Fn(&str, &Outcome, Option<&Outcome>) -> bool,
+    ) -> Vec<String> {
         let other = self
             .0
             .iter()
-            .filter(|(test, here)| !here.agrees_with(direct.0.get(*test)))
-            .map(|(test, here)| match direct.0.get(test) {
-                Some(there) => format!("{test} {here}\n  on the export it {there}"),
-                None => format!("{test} {here}\n  on the export it is missing"),
+            .filter(|(test, here)| !agrees(test, here, direct.0.get(*test)))
+            .map(|(test, here)| match (here, direct.0.get(test)) {
+                (Outcome::Passed(here), Some(Outcome::Passed(there))) => {
+                    format!("{test} passed, but {}", first_difference(here, there))
+                }
+                (here, Some(there)) => format!("{test} {here}\n  on the export it {there}"),
+                (here, None) => format!("{test} {here}\n  on the export it is missing"),
             });
         let missing = direct
             .0
@@ -109,6 +116,22 @@ impl Outcomes {
 impl FromIterator<(String, Outcome)> for Outcomes {
     fn from_iter<T: IntoIterator<Item = (String, Outcome)>>(tests: T) -> Self {
         Self(tests.into_iter().collect())
+    }
+}
+
+/// The lines where two findings part.
+fn first_difference(here: &str, there: &str) -> String {
+    let mut lines = here.lines().zip(there.lines()).enumerate();
+    match lines.find(|(_, (here, there))| here != there) {
+        Some((number, (here, there))) => {
+            let line = number + 1;
+            format!("found '{here}' in line {line}, and on the export '{there}'")
+        }
+        None => format!(
+            "found {} lines, and on the export {}",
+            here.lines().count(),
+            there.lines().count()
+        ),
     }
 }
 
@@ -163,7 +186,7 @@ mod tests {
             ("worse", failed()),
         ]);
         let names: Vec<String> = here
-            .differing_from(&direct)
+            .differing_from(&direct, |_, here, direct| here.agrees_with(direct))
             .iter()
             .map(|line| line.split(" passed").next().unwrap_or_default().to_owned())
             .map(|line| line.lines().next().unwrap_or_default().to_owned())

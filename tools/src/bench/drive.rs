@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use ferry_dataplane::fuse::abi::*;
 use hdrhistogram::Histogram;
-use nix::time::ClockId;
+use nix::time::{ClockId, ClockNanosleepFlags, clock_nanosleep};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::client::{Created, read_in, release_in, write_in};
@@ -141,8 +141,14 @@ impl<'a> Load<'a> {
         })
     }
 
-    /// Keeps the device busy for `warm` and then for `run`, of which it gives account, and waits for what is in flight.
-    pub(super) fn run(mut self, warm: Duration, run: Duration) -> Result<Sample> {
+    /// Keeps the device busy for `warm` and then for `run`, of which it gives account, and waits for what is in flight. With a
+    /// rate so many operations are begun a second, as far as there are lanes for them.
+    pub(super) fn run(
+        mut self,
+        warm: Duration,
+        run: Duration,
+        rate: Option<f64>,
+    ) -> Result<Sample> {
         let origin = Instant::now();
         let mut sample = Sample {
             ops: 0,
@@ -152,16 +158,17 @@ impl<'a> Load<'a> {
         };
         let mut window = Window::new(origin, warm, run, self.target.cpu);
         let mut last_progress = 0;
-        for queue in 0..self.lanes.len() {
-            for lane in 0..self.lanes[queue].len() {
-                self.begin(queue, lane, window.now())?;
-            }
-            self.target.requests[queue].kick()?;
+        let mut pace = rate.map(|rate| Pace::new(rate, &self.lanes));
+        if pace.is_none() {
+            self.begin_all(window.now())?;
         }
         loop {
             let now = window.now();
             let counts = window.counts(now)?;
             let mut in_flight = false;
+            if let Some(pace) = pace.as_mut().filter(|_| !window.over) {
+                self.begin_due(pace, now)?;
+            }
             for queue in 0..self.lanes.len() {
                 let mut popped = false;
                 while let Some(done) = self.target.requests[queue].pop()? {
@@ -177,8 +184,10 @@ impl<'a> Load<'a> {
                             .latency
                             .saturating_record(now.saturating_sub(began).max(1));
                     }
-                    if !window.over {
-                        self.begin(queue, lane, now)?;
+                    match &mut pace {
+                        Some(pace) => pace.idle.push((queue, lane)),
+                        None if window.over => {}
+                        None => self.begin(queue, lane, now)?,
                     }
                 }
                 if popped {
@@ -194,10 +203,40 @@ impl<'a> Load<'a> {
             if now.saturating_sub(last_progress) > PATIENCE.as_nanos() as u64 {
                 bail!("nothing has been completed for {} s", PATIENCE.as_secs());
             }
+            if let Some(pace) = pace.as_ref().filter(|_| !in_flight) {
+                pace.wait(window.now());
+            }
         }
         (sample.wall, sample.cpu) = (window.wall, window.cpu);
         self.clean_up()?;
         Ok(sample)
+    }
+
+    /// Begins as many operations as there are lanes.
+    fn begin_all(&mut self, now: u64) -> Result<()> {
+        for queue in 0..self.lanes.len() {
+            for lane in 0..self.lanes[queue].len() {
+                self.begin(queue, lane, now)?;
+            }
+            self.target.requests[queue].kick()?;
+        }
+        Ok(())
+    }
+
+    /// Begins the operation whose time has come, if a lane is free. What could not begin in time is left out.
+    fn begin_due(&mut self, pace: &mut Pace, now: u64) -> Result<()> {
+        if now < pace.next {
+            return Ok(());
+        }
+        // Half the distance to one and a half, so that no timer keeps step with it.
+        let distance = pace.distance / 2 + self.random.below(pace.distance);
+        pace.next = (pace.next + distance).max(now);
+        let Some((queue, lane)) = pace.idle.pop() else {
+            return Ok(());
+        };
+        self.begin(queue, lane, now)?;
+        self.target.requests[queue].kick()?;
+        Ok(())
     }
 
     /// Begins an operation.
@@ -441,6 +480,36 @@ impl<'a> Load<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// When operations begin, where not each of them follows another one at once.
+struct Pace {
+    /// Nanoseconds between two of them, on the average.
+    distance: u64,
+    /// When the next one is due.
+    next: u64,
+    /// Queue and number of each free lane.
+    idle: Vec<(usize, usize)>,
+}
+
+impl Pace {
+    fn new(rate: f64, lanes: &[Vec<Lane>]) -> Pace {
+        let all = lanes.iter().enumerate();
+        Pace {
+            distance: ((1e9 / rate) as u64).max(1),
+            next: 0,
+            idle: all
+                .flat_map(|(queue, of_queue)| (0..of_queue.len()).map(move |lane| (queue, lane)))
+                .collect(),
+        }
+    }
+
+    /// Waits until the next operation is due; too short a wait only means another one.
+    fn wait(&self, now: u64) {
+        let left = Duration::from_nanos(self.next.saturating_sub(now));
+        let flags = ClockNanosleepFlags::empty();
+        let _ = clock_nanosleep(ClockId::CLOCK_MONOTONIC, flags, &left.into());
     }
 }
 

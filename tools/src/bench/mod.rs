@@ -6,6 +6,7 @@
 //! itself ([`raw`]). Used by `tools/bench-peers`; it measures and judges nothing.
 
 mod client;
+mod disturb;
 mod drive;
 mod raw;
 mod report;
@@ -22,7 +23,8 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::driver::Protocol;
-use drive::Load;
+use disturb::{Disturbance, Effect};
+use drive::{Load, Sample};
 use raw::{RawTarget, Way};
 use report::Record;
 use target::{FuseTarget, Layout};
@@ -73,6 +75,13 @@ pub struct Args {
     /// Processor of the servers, where the directory itself is measured
     #[arg(long, value_name = "CPU")]
     server_cpu: Option<usize>,
+    /// Operations to begin each second on a device, instead of as many as it takes
+    #[arg(long, value_name = "N")]
+    rate: Option<f64>,
+    /// Measure everything in turn without and with this command, split as a shell does, which is stopped in between, and
+    /// print in the end what it does to latencies. It is sent SIGTERM then, and has to succeed
+    #[arg(long, value_name = "COMMAND")]
+    disturb: Option<String>,
     /// Print one JSON object per measurement
     #[arg(long)]
     json: bool,
@@ -179,6 +188,13 @@ pub fn run(args: &Args) -> Result<()> {
         file_size: args.file_size,
         entries: args.entries,
     };
+    ensure!(
+        args.rate.is_none_or(|rate| rate > 0.0),
+        "--rate must be above 0"
+    );
+    let disturb = args.disturb.as_deref();
+    let mut disturbance = disturb.map(Disturbance::new).transpose()?;
+    let mut effects: Vec<Effect> = Vec::new();
     pin(args.cpu)?;
     let mut targets = Vec::new();
     for target in &args.targets {
@@ -186,26 +202,35 @@ pub fn run(args: &Args) -> Result<()> {
         targets.push((target.name.as_str(), open));
     }
     let mut records = Vec::new();
+    let parts: &[bool] = if disturb.is_some() {
+        &[false, true]
+    } else {
+        &[false]
+    };
     for work in &args.work {
         for repetition in 0..args.repeat {
             for (name, target) in &mut targets {
-                let sample = match target {
-                    Open::Device(device) => {
-                        Load::new(device, *work).and_then(|load| load.run(warm, time))
-                    }
-                    Open::Directory(raw) if !raw.can(work) => continue,
-                    Open::Directory(raw) => raw.run(*work, warm, time),
-                };
-                let sample = sample.with_context(|| format!("{name}: {work}"))?;
-                let record = Record::new(name, work, repetition, &sample);
-                if args.json {
-                    println!("{}", serde_json::to_string(&record)?);
-                } else {
-                    println!("{}", record.line());
+                for &disturbed in parts {
+                    let mut measure = || measure(target, *work, [warm, time], args.rate);
+                    let sample = match disturbance.as_mut().filter(|_| disturbed) {
+                        None => measure(),
+                        Some(disturbance) => disturbance.during(measure),
+                    };
+                    let sample = sample.with_context(|| format!("{name}: {work}"))?;
+                    let Some(sample) = sample else { continue };
+                    let record = Record::new(name, work, repetition, disturbed, &sample);
+                    record.print(args.json)?;
+                    Effect::add(&mut effects, &format!("{name} {work}"), disturbed, &sample)?;
+                    records.push(record);
                 }
-                records.push(record);
             }
         }
+    }
+    if let Some(disturbance) = disturbance {
+        disturbance.end()?;
+        effects
+            .iter()
+            .for_each(|effect| print!("{}", effect.text()));
     }
     for (name, target) in targets {
         if let Open::Device(device) = target {
@@ -218,6 +243,21 @@ pub fn run(args: &Args) -> Result<()> {
         print!("{}", report::table(&records));
     }
     Ok(())
+}
+
+/// Runs a work on a target; `None` where it cannot be done there.
+fn measure(
+    target: &mut Open,
+    work: Work,
+    [warm, time]: [Duration; 2],
+    rate: Option<f64>,
+) -> Result<Option<Sample>> {
+    match target {
+        Open::Device(device) => Load::new(device, work).and_then(|load| load.run(warm, time, rate)),
+        Open::Directory(raw) if !raw.can(&work) => return Ok(None),
+        Open::Directory(raw) => raw.run(work, warm, time),
+    }
+    .map(Some)
 }
 
 fn open(target: &Target, layout: &Layout, args: &Args) -> Result<Open> {

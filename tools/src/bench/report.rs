@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use anyhow::Result;
 use serde::Serialize;
 
 use super::drive::Sample;
@@ -13,6 +14,7 @@ pub(super) struct Record {
     pub(super) target: String,
     pub(super) work: String,
     pub(super) repetition: u32,
+    pub(super) disturbed: bool,
     pub(super) ops: u64,
     pub(super) seconds: f64,
     pub(super) ops_per_second: f64,
@@ -34,7 +36,13 @@ pub(super) struct Latency {
 }
 
 impl Record {
-    pub(super) fn new(target: &str, work: &Work, repetition: u32, sample: &Sample) -> Record {
+    pub(super) fn new(
+        target: &str,
+        work: &Work,
+        repetition: u32,
+        disturbed: bool,
+        sample: &Sample,
+    ) -> Record {
         let seconds = sample.wall.as_secs_f64();
         let rate = sample.ops as f64 / seconds;
         let cpu = sample.cpu.map(|cpu| cpu.as_secs_f64());
@@ -43,6 +51,7 @@ impl Record {
             target: target.to_owned(),
             work: work.to_string(),
             repetition,
+            disturbed,
             ops: sample.ops,
             seconds,
             ops_per_second: rate,
@@ -64,8 +73,17 @@ impl Record {
         }
     }
 
+    /// Prints it, as an object of JSON or for a person.
+    pub(super) fn print(&self, json: bool) -> Result<()> {
+        match json {
+            true => println!("{}", serde_json::to_string(self)?),
+            false => println!("{}", self.line()),
+        }
+        Ok(())
+    }
+
     /// One line for a person.
-    pub(super) fn line(&self) -> String {
+    fn line(&self) -> String {
         let mut line = format!(
             "{:<22} {:<20} {:>9.1}k ops/s",
             self.target,
@@ -85,6 +103,9 @@ impl Record {
         }
         let Latency { p50, p99, p999, .. } = self.latency_us;
         let _ = write!(line, "  p50 {p50:.1} p99 {p99:.1} p99.9 {p999:.1} us");
+        if self.disturbed {
+            line.push_str("  disturbed");
+        }
         line
     }
 }
@@ -121,7 +142,9 @@ fn ratio(
     let find = |target: &str, repetition: u32| {
         let mut found = records.iter();
         found
-            .find(|r| r.target == target && r.work == work && r.repetition == repetition)
+            .find(|r| {
+                r.target == target && r.work == work && r.repetition == repetition && !r.disturbed
+            })
             .and_then(of)
     };
     let last = records.iter().map(|r| r.repetition).max()?;
@@ -197,6 +220,7 @@ mod tests {
             target: target.to_owned(),
             work: "getattr:4k:32:1".to_owned(),
             repetition,
+            disturbed: false,
             ops: 1,
             seconds: 1.0,
             ops_per_second: rate,

@@ -42,6 +42,8 @@ use virtio_pci::VirtioPci;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait for an answer before concluding that the peer does not speak the protocol it was asked in.
 const ASK_PATIENCE: Duration = Duration::from_millis(500);
+/// What this driver can do beside rings; nobody gets it who does not ask for it.
+const OTHER_FEATURES: Features = Features::RING_RESET.union(Features::NOTIFICATION_DATA);
 /// What this driver can do with a ring.
 const RING_FEATURES: Features = Features::EVENT_IDX
     .union(Features::INDIRECT_DESC)
@@ -69,8 +71,11 @@ pub struct Setup {
     pub request_queues: u16,
     /// Entries of each queue; the device may have fewer.
     pub queue_size: u16,
-    /// Ring features that may be used, if the device offers them.
+    /// Features that may be used, if the device offers them.
     pub features: Features,
+    /// MSI-X vectors of a PCI function to use. Queues that share one share the counter of its interrupts, so that one
+    /// thread must look after all of them. `None`: one for each queue, and no more queues than there are vectors.
+    pub vectors: Option<u16>,
 }
 
 impl Default for Setup {
@@ -79,6 +84,7 @@ impl Default for Setup {
             request_queues: 1,
             queue_size: 256,
             features: RING_FEATURES,
+            vectors: None,
         }
     }
 }
@@ -98,6 +104,17 @@ pub struct Device {
     transport: Transport,
     /// The device can reach it until it has been reset.
     memory: Option<Arc<DmaMemory>>,
+    /// What the queues were started with.
+    rings: RingSetup,
+}
+
+/// How queues are made.
+#[derive(Clone, Debug, Default)]
+struct RingSetup {
+    size: u16,
+    features: RingFeatures,
+    /// Where each vector's interrupts arrive, when queues share them.
+    shared: Vec<Arc<EventFd>>,
 }
 
 impl Device {
@@ -111,6 +128,7 @@ impl Device {
         let device = Device {
             transport,
             memory: None,
+            rings: RingSetup::default(),
         };
         if !device.features().contains(Features::VERSION_1) {
             return Err(DriverError::Unusable(
@@ -149,11 +167,16 @@ impl Device {
         }
     }
 
-    /// Request queues that can be used.
+    /// Request queues that can be used, each with interrupts of its own.
     pub fn max_request_queues(&self) -> u16 {
+        self.request_queues(false)
+    }
+
+    fn request_queues(&self, sharing: bool) -> u16 {
         let queues = match &self.transport {
             Transport::Vhost(device) => device.max_queues(),
-            Transport::Pci(device) => device.max_queues(),
+            Transport::Pci(device) if sharing => device.num_queues(),
+            Transport::Pci(device) => device.num_queues().min(device.num_vectors()),
         };
         let requests = queues
             .saturating_sub(1)
@@ -177,7 +200,7 @@ impl Device {
 
     /// Negotiates, makes the virtqueues in `memory`, and lets the device begin.
     pub fn start(&mut self, setup: &Setup, memory: &Arc<DmaMemory>) -> Result<Queues> {
-        let max = self.max_request_queues();
+        let max = self.request_queues(setup.vectors.is_some());
         if setup.request_queues == 0 || setup.request_queues > max {
             return Err(DriverError::TooMany {
                 what: "request queues",
@@ -185,18 +208,18 @@ impl Device {
                 wanted: u32::from(setup.request_queues),
             });
         }
-        let usable = self.features() & setup.features & RING_FEATURES;
+        let usable = self.features() & setup.features & (RING_FEATURES | OTHER_FEATURES);
         let features = usable | Features::VERSION_1 | (self.features() & Features::ACCESS_PLATFORM);
         match &mut self.transport {
             Transport::Vhost(device) => device.begin(features, memory)?,
             Transport::Pci(device) => device.begin(features, memory)?,
         }
         self.memory = Some(Arc::clone(memory));
-        let (size, ring) = self.ring(setup);
-        let hiprio = self.start_queue(0, size, ring, memory)?;
+        self.rings = self.ring_setup(setup)?;
+        let hiprio = self.start_queue(0, memory)?;
         let mut requests = Vec::with_capacity(usize::from(setup.request_queues));
         for index in 1..=setup.request_queues {
-            requests.push(self.start_queue(index, size, ring, memory)?);
+            requests.push(self.start_queue(index, memory)?);
         }
         match &mut self.transport {
             Transport::Vhost(device) => device.run()?,
@@ -213,6 +236,35 @@ impl Device {
         }
         self.memory = None;
         Ok(())
+    }
+
+    /// Resets one virtqueue, and starts it again with a fresh ring; what was in flight on it is lost. `RING_RESET` must
+    /// have been negotiated.
+    pub fn restart_queue(&mut self, queue: Queue) -> Result<Queue> {
+        let index = queue.index();
+        let memory = self.memory.clone().ok_or(DriverError::NoRoom)?;
+        match &mut self.transport {
+            Transport::Vhost(device) => device.reset_queue(index)?,
+            Transport::Pci(device) => device.reset_queue(index)?,
+        }
+        drop(queue);
+        let queue = self.start_queue(index, &memory)?;
+        if let Transport::Vhost(device) = &self.transport {
+            device.enable_queue(index)?;
+        }
+        Ok(queue)
+    }
+
+    /// Resets a PCI function as a whole, and finds out anew what is there. Queues of before are of no use any more.
+    pub fn reset_function(self) -> Result<Device> {
+        let Transport::Pci(function) = self.transport else {
+            return Err(DriverError::Unusable("it is not a PCI function".into()));
+        };
+        Ok(Device {
+            transport: Transport::Pci(Box::new(function.reset_function()?)),
+            memory: None,
+            rings: RingSetup::default(),
+        })
     }
 
     /// Becomes readable when the device goes away; [`Device::is_gone`] then says whether it has.
@@ -247,21 +299,49 @@ impl Device {
         (size, features)
     }
 
-    fn start_queue(
-        &mut self,
-        index: u16,
-        size: u16,
-        features: RingFeatures,
-        memory: &Arc<DmaMemory>,
-    ) -> Result<Queue> {
-        let ring = Ring::new(Arc::clone(memory), size, features).ok_or(DriverError::NoRoom)?;
-        let call = EventFd::new().map_err(DriverError::io("make an event counter"))?;
+    /// What queues are made with. A PCI function has so many vectors at most; others have none.
+    fn ring_setup(&self, setup: &Setup) -> Result<RingSetup> {
+        let (size, features) = self.ring(setup);
+        let vectors = match &self.transport {
+            Transport::Vhost(_) => 0,
+            Transport::Pci(device) => device.num_vectors(),
+        };
+        let shared = setup.vectors.map_or(0, |n| vectors.min(n.into()));
+        let call = |_| new_event().map(Arc::new);
+        Ok(RingSetup {
+            size,
+            features,
+            shared: (0..shared).map(call).collect::<Result<_>>()?,
+        })
+    }
+
+    fn start_queue(&mut self, index: u16, memory: &Arc<DmaMemory>) -> Result<Queue> {
+        let RingSetup {
+            size,
+            features,
+            shared,
+        } = &self.rings;
+        let ring = Ring::new(Arc::clone(memory), *size, *features).ok_or(DriverError::NoRoom)?;
+        let vector = match shared.len() {
+            0 => usize::from(index),
+            n => usize::from(index) % n,
+        };
+        let call = match shared.get(vector) {
+            Some(call) => Arc::clone(call),
+            None => Arc::new(new_event()?),
+        };
         let kick = match &mut self.transport {
             Transport::Vhost(device) => device.start_queue(index, &ring, memory, &call)?,
-            Transport::Pci(device) => device.start_queue(index, &ring, memory, &call)?,
+            Transport::Pci(device) => {
+                device.start_queue(index, &ring, memory, (vector as u16, &*call))?
+            }
         };
         Ok(Queue::new(index, ring, kick, call))
     }
+}
+
+fn new_event() -> Result<EventFd> {
+    EventFd::new().map_err(DriverError::io("make an event counter"))
 }
 
 impl Transport {

@@ -3,6 +3,7 @@
 //! A queue belongs to one thread at a time and can move between threads.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use ferry_dataplane::os::eventfd::EventFd;
 
@@ -26,11 +27,11 @@ pub struct Queue {
     index: u16,
     ring: Ring,
     kick: Kick,
-    call: EventFd,
+    call: Arc<EventFd>,
 }
 
 impl Queue {
-    pub(super) fn new(index: u16, ring: Ring, kick: Kick, call: EventFd) -> Queue {
+    pub(super) fn new(index: u16, ring: Ring, kick: Kick, call: Arc<EventFd>) -> Queue {
         Queue {
             index,
             ring,
@@ -81,7 +82,7 @@ impl Queue {
                 event.signal();
                 Ok(())
             }
-            Kick::Doorbell(doorbell) => doorbell.ring(),
+            Kick::Doorbell(doorbell) => doorbell.ring(self.ring.position()),
         }
     }
 

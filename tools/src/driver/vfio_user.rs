@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use ferry_dataplane::os::eventfd::EventFd;
 use ferry_dataplane::transport::vfio_user::wire::{
-    DeviceInfo, DmaMap, Header, IoEventFd, IrqSet, MAX_MESSAGE, RegionAccess, RegionIoFds,
-    VERSION_MAJOR, VERSION_MINOR, Version, command, device_flags, dma_flags, header_flags, irq,
-    irq_set_flags,
+    DeviceInfo, DmaMap, DmaUnmap, Header, IoEventFd, IrqSet, MAX_MESSAGE, RegionAccess,
+    RegionIoFds, VERSION_MAJOR, VERSION_MINOR, Version, command, device_flags, dma_flags,
+    header_flags, irq, irq_set_flags,
 };
 use ferry_shared::errno::Errno;
 use zerocopy::{FromBytes, IntoBytes};
@@ -121,6 +121,18 @@ impl VfioUser {
         Ok(())
     }
 
+    /// Takes the driver's memory away from the device.
+    pub(super) fn unmap_memory(&mut self, address: u64, size: u64) -> Result<()> {
+        let unmap = DmaUnmap {
+            argsz: size_of::<DmaUnmap>() as u32,
+            flags: 0,
+            address,
+            size,
+        };
+        self.call(command::DMA_UNMAP, &[unmap.as_bytes()], &[])?;
+        Ok(())
+    }
+
     /// Sends MSI-X vector `vector` to an event counter.
     pub(super) fn set_msix(&mut self, vector: u32, event: &EventFd) -> Result<()> {
         let set = IrqSet {
@@ -186,26 +198,34 @@ impl VfioUser {
         Ok(events)
     }
 
-    /// A posted write of a queue's number to its notification address.
-    pub(super) fn doorbell(&self, region: u32, offset: u64, queue: u16) -> Doorbell {
+    /// A posted write of a queue's number to its notification address; `with_data` as `VIRTIO_F_NOTIFICATION_DATA` asks.
+    pub(super) fn doorbell(
+        &self,
+        region: u32,
+        offset: u64,
+        queue: u16,
+        with_data: bool,
+    ) -> Doorbell {
+        let count = if with_data { 4 } else { 2 };
         let access = RegionAccess {
             offset,
             region,
-            count: 2,
+            count,
         };
-        let mut message = [0u8; DOORBELL_LEN];
         let header = Header {
             id: 0,
             command: command::REGION_WRITE,
-            size: DOORBELL_LEN as u32,
+            size: (DOORBELL_HEAD + count as usize) as u32,
             flags: header_flags::COMMAND | header_flags::NO_REPLY,
             error: 0,
         };
-        let parts = [header.as_bytes(), access.as_bytes(), &queue.to_le_bytes()];
-        message.copy_from_slice(&parts.concat());
+        let mut head = [0u8; DOORBELL_HEAD];
+        head.copy_from_slice(&[header.as_bytes(), access.as_bytes()].concat());
         Doorbell {
             socket: Arc::clone(&self.socket),
-            message,
+            head,
+            queue,
+            with_data,
         }
     }
 
@@ -314,19 +334,28 @@ impl IoEvent {
     }
 }
 
-const DOORBELL_LEN: usize = size_of::<Header>() + size_of::<RegionAccess>() + 2;
+const DOORBELL_HEAD: usize = size_of::<Header>() + size_of::<RegionAccess>();
 
 /// A message that kicks a queue. Several threads may send theirs at once: a message this short goes into a Unix stream
 /// socket as one piece.
 #[derive(Debug)]
 pub(super) struct Doorbell {
     socket: Arc<Socket>,
-    message: [u8; DOORBELL_LEN],
+    head: [u8; DOORBELL_HEAD],
+    queue: u16,
+    with_data: bool,
 }
 
 impl Doorbell {
-    pub(super) fn ring(&self) -> Result<()> {
-        self.socket.send_whole("a doorbell", &self.message)
+    /// Rings; `position` is where the queue's next request will go.
+    pub(super) fn ring(&self, position: u16) -> Result<()> {
+        let mut message = [0u8; DOORBELL_HEAD + 4];
+        message[..DOORBELL_HEAD].copy_from_slice(&self.head);
+        message[DOORBELL_HEAD..][..2].copy_from_slice(&self.queue.to_le_bytes());
+        message[DOORBELL_HEAD + 2..].copy_from_slice(&position.to_le_bytes());
+        let len = if self.with_data { 4 } else { 2 };
+        let message = &message[..DOORBELL_HEAD + len];
+        self.socket.send_whole("a doorbell", message)
     }
 }
 
@@ -342,6 +371,7 @@ fn name(number: u16) -> &'static str {
     match number {
         command::VERSION => "VERSION",
         command::DMA_MAP => "DMA_MAP",
+        command::DMA_UNMAP => "DMA_UNMAP",
         command::DEVICE_GET_INFO => "DEVICE_GET_INFO",
         command::DEVICE_GET_REGION_INFO => "DEVICE_GET_REGION_INFO",
         command::DEVICE_GET_REGION_IO_FDS => "DEVICE_GET_REGION_IO_FDS",

@@ -156,6 +156,28 @@ impl VhostUser {
         Ok(Kick::Event(kick))
     }
 
+    /// Lets a queue run that was set up while the others ran.
+    pub(super) fn enable_queue(&self, index: u16) -> Result<()> {
+        self.set_vring(Request::SetVringEnable, index.into(), 1)
+    }
+
+    /// Stops queue `index`; its position goes with its setup.
+    pub(super) fn reset_queue(&self, index: u16) -> Result<()> {
+        self.set_vring(Request::SetVringEnable, index.into(), 0)?;
+        self.stop_queue(index)
+    }
+
+    fn stop_queue(&self, index: u16) -> Result<()> {
+        let state = VringState {
+            index: u32::from(index),
+            num: 0,
+        };
+        let request = Request::GetVringBase;
+        send(&self.socket, request, 0, &[state.as_bytes()], &[])?;
+        let mut answer = VringState::new_zeroed();
+        receive_exact(&self.socket, request, answer.as_mut_bytes())
+    }
+
     /// All queues are set up: lets the device begin.
     pub(super) fn run(&mut self) -> Result<()> {
         for index in 0..self.started {
@@ -168,15 +190,7 @@ impl VhostUser {
     /// Stops all queues and forgets the device's state.
     pub(super) fn reset(&mut self) -> Result<()> {
         for index in 0..std::mem::take(&mut self.started) {
-            self.set_vring(Request::SetVringEnable, u32::from(index), 0)?;
-            let state = VringState {
-                index: u32::from(index),
-                num: 0,
-            };
-            let request = Request::GetVringBase;
-            send(&self.socket, request, 0, &[state.as_bytes()], &[])?;
-            let mut answer = VringState::new_zeroed();
-            receive_exact(&self.socket, request, answer.as_mut_bytes())?;
+            self.reset_queue(index)?;
         }
         if self.protocol.contains(ProtocolFeatures::RESET_DEVICE) {
             self.set(Request::ResetDevice, &[], &[])?;

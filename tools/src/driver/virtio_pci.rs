@@ -30,6 +30,10 @@ mod pci {
     pub(super) const CAPABILITIES: usize = 0x34;
     pub(super) const FIRST_CAPABILITY: usize = 0x40;
     pub(super) const CAP_VENDOR: u8 = 0x09;
+    pub(super) const CAP_EXPRESS: u8 = 0x10;
+    /// The device control register in the PCI Express capability.
+    pub(super) const DEVICE_CONTROL: u64 = 8;
+    pub(super) const FUNCTION_RESET: u16 = 1 << 15;
     pub(super) const CAP_MSIX: u8 = 0x11;
     pub(super) const MSIX_ENABLE: u16 = 1 << 15;
     pub(super) const MSIX_SIZE: u16 = 0x7ff;
@@ -59,6 +63,8 @@ mod common {
     pub(super) const QUEUE_DESC: u64 = 0x20;
     pub(super) const QUEUE_DRIVER: u64 = 0x28;
     pub(super) const QUEUE_DEVICE: u64 = 0x30;
+    /// With `VIRTIO_F_RING_RESET` only.
+    pub(super) const QUEUE_RESET: u64 = 0x3a;
     /// Length of the part that is used here.
     pub(super) const LEN: u32 = 0x38;
 }
@@ -86,10 +92,35 @@ pub(super) struct VirtioPci {
     num_queues: u16,
     max_queue_size: u16,
     io_events: Vec<IoEvent>,
+    /// Where the PCI Express capability is.
+    express: Option<u64>,
+    /// Notifications carry the queue's position.
+    notification_data: bool,
+    /// The memory that the device was given: its address and size.
+    mapped: Option<(u64, u64)>,
 }
 
 impl VirtioPci {
-    pub(super) fn open(mut vfio: VfioUser) -> Result<VirtioPci> {
+    pub(super) fn open(vfio: VfioUser) -> Result<VirtioPci> {
+        VirtioPci::find(vfio, None)
+    }
+
+    /// Resets the whole function, and finds out anew what is there.
+    pub(super) fn reset_function(mut self) -> Result<VirtioPci> {
+        let Some(express) = self.express else {
+            let none = "it has no PCI Express capability, so it cannot be reset as a function";
+            return Err(DriverError::Unusable(none.into()));
+        };
+        let at = express + pci::DEVICE_CONTROL;
+        let mut control = [0u8; 2];
+        self.vfio.read(region::CONFIG, at, &mut control)?;
+        let control = u16::from_le_bytes(control) | pci::FUNCTION_RESET;
+        self.vfio
+            .write(region::CONFIG, at, &control.to_le_bytes())?;
+        VirtioPci::find(self.vfio, self.mapped)
+    }
+
+    fn find(mut vfio: VfioUser, mapped: Option<(u64, u64)>) -> Result<VirtioPci> {
         let mut space = [0u8; 256];
         vfio.read(region::CONFIG, 0, &mut space)?;
         let layout = Layout::parse(&space)?;
@@ -105,6 +136,9 @@ impl VirtioPci {
             num_queues: 0,
             max_queue_size: 0,
             io_events: Vec::new(),
+            express: layout.express,
+            notification_data: false,
+            mapped,
         };
         let command = pci::COMMAND_MEMORY | pci::COMMAND_MASTER | pci::COMMAND_NO_INTX;
         function
@@ -129,9 +163,12 @@ impl VirtioPci {
         &self.config
     }
 
-    /// Each queue needs a vector of its own.
-    pub(super) fn max_queues(&self) -> u32 {
-        u32::from(self.num_queues.min(self.msix.1))
+    pub(super) fn num_queues(&self) -> u32 {
+        self.num_queues.into()
+    }
+
+    pub(super) fn num_vectors(&self) -> u32 {
+        self.msix.1.into()
     }
 
     pub(super) fn max_queue_size(&self) -> u16 {
@@ -157,7 +194,31 @@ impl VirtioPci {
                 self.offered.bits()
             )));
         }
-        self.vfio.map_memory(memory)
+        self.notification_data = features.contains(Features::NOTIFICATION_DATA);
+        if let Some((address, size)) = self.mapped.take() {
+            self.vfio.unmap_memory(address, size)?;
+        }
+        self.vfio.map_memory(memory)?;
+        self.mapped = Some((memory.iova_base(), memory.size() as u64));
+        Ok(())
+    }
+
+    /// Resets queue `index` and waits until it has stopped.
+    pub(super) fn reset_queue(&mut self, index: u16) -> Result<()> {
+        self.write_u16(common::QUEUE_SELECT, index)?;
+        self.write_u16(common::QUEUE_RESET, 1)?;
+        let deadline = Instant::now() + RESET_PATIENCE;
+        while self.read_u16(common::QUEUE_RESET)? != 0 {
+            if Instant::now() > deadline {
+                return Err(DriverError::Silent("the reset of a queue"));
+            }
+            thread::yield_now();
+        }
+        if self.read_u16(common::QUEUE_ENABLE)? != 0 {
+            let enabled = format!("virtqueue {index} is enabled after its reset");
+            return Err(DriverError::Unusable(enabled));
+        }
+        Ok(())
     }
 
     /// Starts queue `index`, and says how to kick it.
@@ -166,9 +227,9 @@ impl VirtioPci {
         index: u16,
         ring: &Ring,
         memory: &DmaMemory,
-        call: &EventFd,
+        (vector, call): (u16, &EventFd),
     ) -> Result<Kick> {
-        self.vfio.set_msix(u32::from(index), call)?;
+        self.vfio.set_msix(u32::from(vector), call)?;
         self.write_u16(common::QUEUE_SELECT, index)?;
         if ring.size() > self.read_u16(common::QUEUE_SIZE)? {
             return Err(DriverError::Unusable(format!(
@@ -177,8 +238,8 @@ impl VirtioPci {
             )));
         }
         self.write_u16(common::QUEUE_SIZE, ring.size())?;
-        self.write_u16(common::QUEUE_MSIX_VECTOR, index)?;
-        if self.read_u16(common::QUEUE_MSIX_VECTOR)? != index {
+        self.write_u16(common::QUEUE_MSIX_VECTOR, vector)?;
+        if self.read_u16(common::QUEUE_MSIX_VECTOR)? != vector {
             return Err(DriverError::Unusable(format!(
                 "it does not give virtqueue {index} an interrupt"
             )));
@@ -196,7 +257,9 @@ impl VirtioPci {
         }
         let offset =
             u64::from(self.read_u16(common::QUEUE_NOTIFY_OFF)?) * u64::from(self.notify_multiplier);
-        if offset + 2 > u64::from(self.notify.len) {
+        let with_data = self.notification_data;
+        let len = if with_data { 4 } else { 2 };
+        if offset + len > u64::from(self.notify.len) {
             return Err(DriverError::Unusable(format!(
                 "virtqueue {index} has its notification address outside the notification area"
             )));
@@ -206,13 +269,14 @@ impl VirtioPci {
         let position = self
             .io_events
             .iter()
-            .position(|event| event.stands_for(address, index));
+            .position(|event| !with_data && event.stands_for(address, index));
         match position {
             Some(at) => Ok(Kick::Event(self.io_events.swap_remove(at).into_event()?)),
             None => Ok(Kick::Doorbell(self.vfio.doorbell(
                 self.notify.bar,
                 address,
                 index,
+                with_data,
             ))),
         }
     }
@@ -332,6 +396,7 @@ struct Layout {
     notify: Window,
     notify_multiplier: u32,
     msix: (u64, u16),
+    express: Option<u64>,
 }
 
 impl Layout {
@@ -346,8 +411,10 @@ impl Layout {
         let mut windows = [None; 6];
         let mut multiplier = None;
         let mut msix = None;
+        let mut express = None;
         for at in Capabilities::new(space) {
             match space[at] {
+                pci::CAP_EXPRESS => express = Some(at as u64),
                 pci::CAP_MSIX => {
                     let control = u16_at_checked(space, at + 2).unwrap_or(0);
                     msix.get_or_insert((at as u64 + 2, (control & pci::MSIX_SIZE) + 1));
@@ -379,6 +446,7 @@ impl Layout {
             device: window(cap::DEVICE, "device configuration", 1)?,
             notify: window(cap::NOTIFY, "notification", 2)?,
             notify_multiplier: multiplier.unwrap_or(0),
+            express,
             msix: msix.ok_or_else(|| {
                 DriverError::Unusable("it has no MSI-X, so it cannot tell of completions".into())
             })?,

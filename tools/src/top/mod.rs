@@ -69,7 +69,8 @@ Keys:
   + -             look half or twice as often
   s               order devices by name, IOPS, MiB/s, latency or errors
   up, down        select a device
-  o               operations of the selected device, or of all
+  o               operations and queues of the selected device, or of all
+  u               show the queues, or not
   c               show the cores, or not
   Ctrl-L          draw everything anew
 

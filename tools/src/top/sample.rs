@@ -26,6 +26,8 @@ pub(super) struct Counters {
     pub(super) cores: Vec<Core>,
     /// Per device.
     pub(super) devices: Vec<Device>,
+    /// Per queue that has been used where it is now.
+    pub(super) queues: Vec<Queue>,
 }
 
 /// A core.
@@ -54,6 +56,24 @@ pub(super) struct Device {
     pub(super) bytes_written: u64,
     pub(super) all: Op,
     pub(super) ops: serde_json::Map<String, Value>,
+}
+
+/// A queue of a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub(super) struct Queue {
+    pub(super) name: String,
+    /// Its number among the threads, which `thread_set_cpumask` takes.
+    pub(super) thread: u32,
+    /// The core that serves it.
+    pub(super) core: u32,
+    /// The id of its device.
+    pub(super) device: u32,
+    pub(super) bytes_read: u64,
+    pub(super) bytes_written: u64,
+    pub(super) slot_waits: u64,
+    pub(super) buffer_waits: u64,
+    pub(super) all: Op,
 }
 
 /// An operation of a device.
@@ -112,6 +132,21 @@ pub(super) struct DeviceRate {
     pub(super) all: Rate,
     /// Per operation that has ever been asked for: its name, what it did meanwhile, and what it has done altogether.
     pub(super) ops: Vec<(String, Rate, Op)>,
+    pub(super) queues: Vec<QueueRate>,
+}
+
+/// What a queue did meanwhile, and since the core has had it.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct QueueRate {
+    /// The queue at the end.
+    pub(super) now: Queue,
+    /// Bytes a second.
+    pub(super) read: f64,
+    /// Bytes a second.
+    pub(super) written: f64,
+    pub(super) slot_waits: f64,
+    pub(super) buffer_waits: f64,
+    pub(super) all: Rate,
 }
 
 /// What everything did between two samples.
@@ -165,7 +200,18 @@ impl Between {
         }
     }
 
-    fn device(&self, now: Device, before: &Device) -> DeviceRate {
+    fn queue(&self, now: Queue, before: &Queue) -> QueueRate {
+        QueueRate {
+            read: self.rate(now.bytes_read, before.bytes_read),
+            written: self.rate(now.bytes_written, before.bytes_written),
+            slot_waits: self.rate(now.slot_waits, before.slot_waits),
+            buffer_waits: self.rate(now.buffer_waits, before.buffer_waits),
+            all: self.op(&now.all, &before.all),
+            now,
+        }
+    }
+
+    fn device(&self, now: Device, before: &Device, queues: Vec<QueueRate>) -> DeviceRate {
         let ops = now.operations().map(|(name, op)| {
             let earlier = before.ops.get(name).map(Op::deserialize);
             let earlier = earlier.and_then(Result::ok).unwrap_or_default();
@@ -176,6 +222,7 @@ impl Between {
             written: self.rate(now.bytes_written, before.bytes_written),
             all: self.op(&now.all, &before.all),
             ops: ops.collect(),
+            queues,
             now,
         }
     }
@@ -202,7 +249,16 @@ pub(super) fn rates(before: &Sample, now: &Sample) -> Rates {
         let unknown = Device::default();
         let same = |earlier: &&Device| earlier.id == device.id && earlier.name == device.name;
         let earlier = before.devices.iter().find(same).unwrap_or(&unknown);
-        between.device(device.clone(), earlier)
+        let own = now.counters.queues.iter();
+        let queues = own.filter(|queue| queue.device == device.id).map(|queue| {
+            // One that has been moved counts anew.
+            let same =
+                |earlier: &&Queue| (earlier.thread, earlier.core) == (queue.thread, queue.core);
+            let unknown = Queue::default();
+            let earlier = before.queues.iter().find(same).unwrap_or(&unknown);
+            between.queue(queue.clone(), earlier)
+        });
+        between.device(device.clone(), earlier, queues.collect())
     });
     Rates {
         cores: cores.collect(),

@@ -37,7 +37,7 @@ use super::view::Order;
 use super::view::Table;
 
 const KEYS: &str =
-    " q quit  space pause  + - pace  s sort  up/down device  o its operations or all  c cores";
+    " q quit  space pause  + - pace  s sort  up/down device  o its own or all  c cores  u queues";
 
 /// What happens to the view.
 enum Happening {
@@ -55,9 +55,10 @@ pub(super) struct View {
     paused: bool,
     /// The row of the selected device.
     selected: usize,
-    /// Whether only its operations are shown.
+    /// Whether only its queues and operations are shown.
     only: bool,
     cores: bool,
+    queues: bool,
 }
 
 /// Shows the view until the operator has had enough.
@@ -154,6 +155,7 @@ impl View {
             selected: 0,
             only: true,
             cores: true,
+            queues: false,
         }
     }
 
@@ -186,6 +188,7 @@ impl View {
             KeyCode::Char('s') => self.order = self.order.next(),
             KeyCode::Char('o') => self.only = !self.only,
             KeyCode::Char('c') => self.cores = !self.cores,
+            KeyCode::Char('u') => self.queues = !self.queues,
             KeyCode::Up => self.selected = self.selected.saturating_sub(1),
             KeyCode::Down => self.selected = self.selected.saturating_add(1),
             _ => {}
@@ -205,17 +208,28 @@ impl View {
         let only = self.only.then_some(self.selected);
         let tables = view::tables(rates, self.order, only);
 
-        let rows = |table: &Table| u16::try_from(table.rows.len()).unwrap_or(u16::MAX);
-        let third = frame.area().height / 3;
-        let cores = match self.cores {
-            true => rows(&tables.cores).saturating_add(2).min(third),
+        // As many lines as it has, of a fair share at most.
+        let shown = 3 + u16::from(self.queues);
+        let most = frame.area().height / shown;
+        let lines = |wanted: bool, table: &Table| match wanted {
+            true => u16::try_from(table.rows.len())
+                .unwrap_or(u16::MAX)
+                .saturating_add(2)
+                .min(most),
             false => 0,
         };
-        let devices = rows(&tables.devices).saturating_add(2).min(third);
-        let [status, core_area, device_area, operation_area, keys] = Layout::vertical([
+        let [
+            status,
+            core_area,
+            device_area,
+            queue_area,
+            operation_area,
+            keys,
+        ] = Layout::vertical([
             Constraint::Length(2),
-            Constraint::Length(cores),
-            Constraint::Length(devices),
+            Constraint::Length(lines(self.cores, &tables.cores)),
+            Constraint::Length(lines(true, &tables.devices)),
+            Constraint::Length(lines(self.queues, &tables.queues)),
             Constraint::Min(0),
             Constraint::Length(1),
         ])
@@ -224,6 +238,7 @@ impl View {
         self.draw_status(frame, status);
         draw_table(frame, core_area, &tables.cores, None);
         draw_table(frame, device_area, &tables.devices, Some(self.selected));
+        draw_table(frame, queue_area, &tables.queues, None);
         draw_table(frame, operation_area, &tables.operations, None);
         let reversed = Style::new().add_modifier(Modifier::REVERSED);
         frame.render_widget(Paragraph::new(KEYS).style(reversed), keys);

@@ -39,8 +39,24 @@ fn device(id: u32, name: &str, of: Value) -> Value {
         "bytes_read": 0, "bytes_written": 0, "all": of, "ops": {"read": of}})
 }
 
+fn queue(of: &Value) -> Value {
+    let half = |value: &Value| json!(value.as_u64().unwrap_or(0) / 2);
+    let all = &of["all"];
+    let buckets: Vec<Value> = all["buckets"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(half)
+        .collect();
+    json!({"name": format!("{}_q1", of["name"].as_str().unwrap()), "thread": 5, "core": 0, "device": of["id"],
+        "bytes_read": half(&of["bytes_read"]), "slot_waits": half(&all["requests"]), "buffer_waits": 2,
+        "all": {"requests": half(&all["requests"]), "errors": all["errors"], "ns": half(&all["ns"]), "buckets": buckets}})
+}
+
 fn sample(pid: u32, cores: Value, devices: &[Value], after: Duration) -> Sample {
-    let counters = json!({"pid": pid, "cores": cores, "devices": devices});
+    // Each device has its second queue in use, which has seen half of everything.
+    let queues: Vec<Value> = devices.iter().map(queue).collect();
+    let counters = json!({"pid": pid, "cores": cores, "devices": devices, "queues": queues});
     Sample {
         taken: start() + after,
         counters: Counters::deserialize(counters).unwrap(),
@@ -92,6 +108,13 @@ fn rates_are_what_has_grown_in_the_time_between() {
     assert_eq!(device.all.percentiles, Some([8192, 8192, 1 << 19]));
     assert_eq!(device.ops[0].1, device.all);
     assert_eq!(device.ops[0].2.requests, 1400);
+    let queue = &device.queues[0];
+    assert_eq!(
+        (queue.read, queue.slot_waits, queue.buffer_waits),
+        (f64::from(1 << 20), 100.0, 0.0)
+    );
+    assert_eq!((queue.all.requests, queue.all.errors), (100.0, 2.0));
+    assert_eq!(queue.all.percentiles, Some([8192, 8192, 8192]));
 }
 
 #[test]
@@ -172,6 +195,10 @@ DEVICE  STATE    MOUNTED  FSDEV  QUEUES  IOPS  READ-MiB/s  WRITE-MiB/s    P50   
 slow    running  yes      aio0        9  10.0           0            0  537ms  537ms  537ms    1.0        10       1
 a?[2J   running  yes      aio0        9   300           0            0   16us   16us   16us      0       300       0
 
+QUEUE     THREAD  CORE  IOPS  READ-MiB/s  WRITE-MiB/s    P50    P99  P99.9  SLOT-WAITS/s  BUFFER-WAITS/s  ERR/s  REQUESTS  ERRORS
+slow_q1        5     0   5.0           0            0  537ms  537ms  537ms           5.0               0    1.0         5       1
+a?[2J_q1       5     0   150           0            0   16us   16us   16us           150               0      0       150       0
+
 DEVICE  OP    IOPS   MEAN    P50    P99  P99.9  ERR/s  REQUESTS  ERRORS
 slow    read  10.0  1.0ms  537ms  537ms  537ms    1.0        10       1
 a?[2J   read   300   10us   16us   16us   16us      0       300       0
@@ -226,6 +253,18 @@ fn the_screen_shows_the_selected_devices_operations_and_keeps_the_reason_of_a_si
     assert_eq!(drawn(&mut view).matches("slow").count(), 2);
     view.take(&key(KeyCode::Char('c')));
     assert!(!drawn(&mut view).contains("SLOT-WAITS"));
+    view.take(&key(KeyCode::Char('u')));
+    let shown = drawn(&mut view);
+    assert!(
+        shown.contains("SLOT-WAITS") && shown.contains("slow_q1"),
+        "{shown}"
+    );
+    view.take(&key(KeyCode::Char('o')));
+    let shown = drawn(&mut view);
+    assert!(
+        shown.contains("a?[2J_q1") && !shown.contains("slow_q1"),
+        "{shown}"
+    );
 
     view.learn(Err("it sleeps".to_owned()));
     let silent = drawn(&mut view);

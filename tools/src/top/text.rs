@@ -28,7 +28,12 @@ fn table(text: &mut String, table: &Table) {
 /// The status line and the tables.
 pub(super) fn frame(status: &str, tables: &Tables) -> String {
     let mut text = format!("{status}\n");
-    for part in [&tables.cores, &tables.devices, &tables.operations] {
+    for part in [
+        &tables.cores,
+        &tables.devices,
+        &tables.queues,
+        &tables.operations,
+    ] {
         if !part.rows.is_empty() {
             text.push('\n');
             table(&mut text, part);

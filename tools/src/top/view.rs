@@ -2,6 +2,7 @@
 
 use super::sample::CoreRate;
 use super::sample::DeviceRate;
+use super::sample::QueueRate;
 use super::sample::Rate;
 use super::sample::Rates;
 
@@ -86,6 +87,22 @@ const DEVICES: &[Column] = &[
     number("REQUESTS"),
     number("ERRORS"),
 ];
+const QUEUES: &[Column] = &[
+    word("QUEUE"),
+    number("THREAD"),
+    number("CORE"),
+    number("IOPS"),
+    number("READ-MiB/s"),
+    number("WRITE-MiB/s"),
+    number("P50"),
+    number("P99"),
+    number("P99.9"),
+    number("SLOT-WAITS/s"),
+    number("BUFFER-WAITS/s"),
+    number("ERR/s"),
+    number("REQUESTS"),
+    number("ERRORS"),
+];
 const OPERATIONS: &[Column] = &[
     word("DEVICE"),
     word("OP"),
@@ -128,6 +145,7 @@ impl Table {
 pub(super) struct Tables {
     pub(super) cores: Table,
     pub(super) devices: Table,
+    pub(super) queues: Table,
     pub(super) operations: Table,
 }
 
@@ -205,6 +223,22 @@ fn device(device: &DeviceRate) -> Vec<String> {
     cells
 }
 
+fn queue(queue: &QueueRate) -> Vec<String> {
+    let now = &queue.now;
+    let mut cells = vec![
+        plain(&now.name),
+        now.thread.to_string(),
+        now.core.to_string(),
+        rate(queue.all.requests),
+        mebibytes(queue.read),
+        mebibytes(queue.written),
+    ];
+    cells.extend(latencies(&queue.all));
+    cells.extend([queue.slot_waits, queue.buffer_waits, queue.all.errors].map(rate));
+    cells.extend([now.all.requests, now.all.errors].map(|count| count.to_string()));
+    cells
+}
+
 fn operations(device: &DeviceRate) -> impl Iterator<Item = Vec<String>> {
     device.ops.iter().map(|(name, meanwhile, total)| {
         let mut cells = vec![
@@ -238,7 +272,7 @@ fn sort(devices: &mut [DeviceRate], order: Order) {
     });
 }
 
-/// Puts rates into tables; the operations are those of the device in row `only`, or of all.
+/// Puts rates into tables; queues and operations are those of the device in row `only`, or of all.
 pub(super) fn tables(mut rates: Rates, order: Order, only: Option<usize>) -> Tables {
     sort(&mut rates.devices, order);
     let shown = |at: usize| only.is_none_or(|only| only == at);
@@ -248,6 +282,13 @@ pub(super) fn tables(mut rates: Rates, order: Order, only: Option<usize>) -> Tab
         .enumerate()
         .filter(|(at, _)| shown(*at));
     Tables {
+        queues: Table {
+            columns: QUEUES,
+            rows: listed
+                .clone()
+                .flat_map(|(_, device)| device.queues.iter().map(queue))
+                .collect(),
+        },
         operations: Table {
             columns: OPERATIONS,
             rows: listed.flat_map(|(_, device)| operations(device)).collect(),

@@ -5,6 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
+use ferry_shared::cpumask::CpuMask;
+
+/// The data plane's own default.
+const DEFAULT_CPUMASK: &str = "0x1";
 
 /// The options of both processes. Further ones can be given in the environment variable APP_ARGS, split as a shell does.
 #[derive(clap::Args, Clone, Debug, Default, PartialEq, Eq)]
@@ -157,6 +161,13 @@ impl Args {
             control_user: self.control_user.or(other.control_user),
             upgrade: self.upgrade.or(other.upgrade),
         }
+    }
+
+    /// The CPUs of the cores; none if the data plane will refuse the mask.
+    pub(super) fn cores(&self) -> Vec<u32> {
+        let mask = self.cpumask.as_deref().unwrap_or(DEFAULT_CPUMASK);
+        mask.parse()
+            .map_or_else(|_| Vec::new(), |mask: CpuMask| mask.cpus())
     }
 
     pub(super) fn run_dir(&self) -> PathBuf {

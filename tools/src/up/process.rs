@@ -11,6 +11,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 use anyhow::Context;
+use ferry_shared::affinity::Allowed;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigSet, Signal, killpg};
@@ -30,6 +31,39 @@ const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// Longest line that is relayed in one piece.
 const LINE: usize = 16 * 1024;
 
+/// What a process is to the cores, whose requests nothing may delay.
+#[derive(Clone, Copy)]
+pub(super) enum Standing {
+    /// It has them, and these CPUs.
+    Cores(Allowed),
+    /// It keeps out of their way: on the CPUs that this process keeps to, and behind them where there is but one.
+    Aside,
+}
+
+/// How far behind the cores it is then.
+const NICE: libc::c_int = 10;
+
+impl Standing {
+    /// Runs in the new process.
+    fn take(self) -> io::Result<()> {
+        match self {
+            Standing::Cores(cpus) => {
+                // Where it is not allowed, nothing has been changed before either.
+                let _ = cpus.keep_off(&[]);
+                Ok(())
+            }
+            Standing::Aside => {
+                // SAFETY: takes numbers, and no memory.
+                let set = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+                match set {
+                    0 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                }
+            }
+        }
+    }
+}
+
 /// How to start a process.
 pub(super) struct Launch {
     pub(super) program: PathBuf,
@@ -37,6 +71,7 @@ pub(super) struct Launch {
     pub(super) files: Vec<ControlFile>,
     /// Whom it runs as, if not as this process.
     pub(super) user: Option<User>,
+    pub(super) standing: Standing,
     /// An RPC socket that a former instance may have left.
     pub(super) stale_rpc: Option<PathBuf>,
 }
@@ -148,7 +183,7 @@ impl Process {
         let mut command = Command::new(program);
         command.arg("--check-recovery");
         let passed = self.store.as_ref().map(Passed::new).transpose()?;
-        spawn(command, Vec::new(), passed)
+        spawn(command, Vec::new(), passed, Standing::Aside)
             .with_context(|| format!("cannot start {}", program.display()))
     }
 
@@ -216,7 +251,7 @@ impl Process {
         }
         let kept = inherited.iter().filter_map(Reach::descriptor).collect();
         let passed = self.store.as_ref().map(Passed::new).transpose()?;
-        let (child, reader) = spawn(command, kept, passed)?;
+        let (child, reader) = spawn(command, kept, passed, self.launch.standing)?;
         self.messages = Some(Messages {
             pipe: reader,
             line: Vec::new(),
@@ -294,6 +329,7 @@ fn spawn(
     mut command: Command,
     kept: Vec<RawFd>,
     mut passed: Option<Passed>,
+    standing: Standing,
 ) -> anyhow::Result<(Child, PipeReader)> {
     let (reader, writer) = pipe()?;
     fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -305,6 +341,7 @@ fn spawn(
     let parent = Pid::this();
     let prepare = move || {
         prepare(parent, &kept)?;
+        standing.take()?;
         passed.as_mut().map_or(Ok(()), Passed::install)
     };
     // SAFETY: this process has one thread, so that the new one finds every lock free, that of the allocator too.

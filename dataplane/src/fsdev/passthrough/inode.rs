@@ -648,9 +648,12 @@ impl Inodes {
             return false;
         }
         let before = count.swap(0, Relaxed);
-        if remembered && before != 0 && pin.is_alive() {
-            self.forgotten.add();
-            return true;
+        if remembered && pin.is_alive() {
+            // One too many changes nothing: the FORGETs of a mount may come after its end.
+            if before != 0 {
+                self.forgotten.add();
+            }
+            return before != 0;
         }
         let gone = shard.remove(&pin);
         drop(shard);
@@ -661,8 +664,18 @@ impl Inodes {
         gone
     }
 
+    /// Takes back every lookup, as the end of a mount does; `remember` as in [`Inodes::forget`].
+    pub(super) fn forget_all(&self, remember: bool) {
+        for index in self.table.indexes() {
+            let Some(pin) = self.table.pin_index(index) else {
+                continue;
+            };
+            self.forget(pin.id(), u64::MAX, remember);
+        }
+    }
+
     /// Forgets everything but the root.
-    pub(super) fn clear(&self) {
+    fn clear(&self) {
         for index in self.table.indexes() {
             let Some(pin) = self.table.pin_index(index) else {
                 continue;

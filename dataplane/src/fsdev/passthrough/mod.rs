@@ -330,6 +330,9 @@ impl FsDev for Passthrough {
 
     fn mount(&self, negotiated: Negotiated) -> Result<(), Errno> {
         self.unmount();
+        if negotiated.flags & FUSE_EXPORT_SUPPORT == 0 {
+            self.inodes.forget_all(false);
+        }
         self.granted.store(negotiated.flags, Relaxed);
         self.session.fetch_or(1, Release);
         Ok(())
@@ -348,7 +351,8 @@ impl FsDev for Passthrough {
         deadlock::end_all(&self.locks);
         self.locks.clear();
         self.handles.clear();
-        self.inodes.clear();
+        // The next mount of this device may be asked for by a handle that an NFS server took in this one.
+        self.inodes.forget_all(self.has(FUSE_EXPORT_SUPPORT));
     }
 
     fn may_block(&self, opcode: u32) -> bool {

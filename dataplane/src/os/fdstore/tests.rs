@@ -143,26 +143,33 @@ fn what_a_former_process_left_is_taken_by_name_or_number_and_the_rest_removed() 
 }
 
 #[test]
-fn what_a_full_manager_did_not_take_is_tried_again() {
+fn what_a_full_manager_does_not_take_keeps_nobody_waiting_and_arrives_in_order() {
     let fake = Fake::new("full", None, &[]);
+    let manager = fake.store.manager.as_ref().unwrap();
     let mut sent = 0;
-    while fake
-        .store
-        .manager
-        .as_ref()
-        .unwrap()
-        .send("X=1", None)
-        .is_ok()
-    {
+    while manager.send("X=1", None, false).is_ok() {
         sent += 1;
         assert!(sent < 100_000, "the socket takes anything");
     }
+    let began = std::time::Instant::now();
     let kept = fake.store.keep(EventFd::new().unwrap()).unwrap();
-    assert_eq!(fake.texts(), vec!["X=1"; sent]);
-    fake.store.sweep();
-    let name = name_of(kept.number());
-    let expected = [format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}")];
-    assert_eq!(fake.texts(), expected);
+    for _ in 0..100 {
+        assert!(fake.store.put("a", kept.as_fd()));
+        fake.store.remove("a");
+    }
+    // Each would have waited for so long.
+    assert!(began.elapsed().as_secs() < 100 * PATIENCE_SECONDS as u64);
+    let store = |name: &str| format!("FDSTORE=1\nFDPOLL=0\nFDNAME={name}");
+    let mut expected = vec!["X=1".to_owned(); sent];
+    expected.push(store(&name_of(kept.number())));
+    for _ in 0..100 {
+        expected.extend([store("a"), "FDSTOREREMOVE=1\nFDNAME=a".to_owned()]);
+    }
+    fake.socket.set_nonblocking(false).unwrap();
+    let found: Vec<_> = std::iter::from_fn(|| fake.next().map(|m| m.0))
+        .take(expected.len())
+        .collect();
+    assert_eq!(found, expected);
 }
 
 #[test]

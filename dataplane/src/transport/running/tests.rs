@@ -86,7 +86,7 @@ fn a_reset_ends_the_session_once_everything_is_out() {
     assert!(!queues.set_memory(Arc::default(), &mut cores));
     cores.take();
     assert!(!queues.reset(&mut cores));
-    assert_eq!(cores.take(), [Asked::Reset(1)]);
+    assert_eq!(cores.take(), [Asked::Reset(0), Asked::Reset(1)]);
     assert!(!queues.is_quiet());
     assert_eq!(queues.event(stopped(0, 1, 1), &mut cores), None);
     assert_eq!(queues.event(stopped(1, 1, 1), &mut cores), None);
@@ -199,4 +199,25 @@ fn a_pause_a_stop_and_a_reset_win_over_a_queue_that_is_being_placed() {
     assert_eq!(queues.event(stopped(1, 0, 0), &mut cores), None);
     let notice = queues.event(stopped(0, 4, 4), &mut cores);
     assert_eq!(notice, Some(Notice::ResetDone));
+}
+
+#[test]
+fn a_device_that_is_held_runs_nothing_until_it_is_let_go_and_not_paused() {
+    let mut cores = FakeCores::default();
+    let mut queues = RunningQueues::held(DEVICE, 1);
+    queues.start(QueueIdx(0), setup(), &mut cores);
+    queues.pause(&mut cores);
+    queues.hold(false, &mut cores);
+    assert_eq!(cores.take(), []);
+    queues.resume(&mut cores);
+    assert_eq!(cores.take(), [Asked::Start(0)]);
+    queues.hold(true, &mut cores);
+    queues.hold(true, &mut cores);
+    assert_eq!(cores.take(), [Asked::Stop(0)]);
+    queues.event(stopped(0, 3, 3), &mut cores);
+    queues.resume(&mut cores);
+    assert_eq!(cores.take(), []);
+    queues.hold(false, &mut cores);
+    assert_eq!(cores.take(), [Asked::Start(0)]);
+    assert_eq!(cores.started[1].config.state.avail, 3);
 }

@@ -29,13 +29,18 @@ pub(crate) const PBA_OFFSET: u32 = 0x800;
 pub(crate) const MSIX_ENTRY: u32 = 16;
 
 const COMMAND: usize = 0x04;
+const COMMAND_MASTER: u8 = 1 << 2;
 const STATUS: usize = 0x06;
 const INTERRUPT_STATUS: u8 = 1 << 3;
 const BAR0: usize = 0x10;
 
 const PCIE_CAP: usize = 0x40;
 const DEVICE_CONTROL: usize = PCIE_CAP + 8;
+const DEVICE_STATUS: usize = PCIE_CAP + 10;
+const TRANSACTIONS_PENDING: u8 = 1 << 5;
 const PM_CAP: usize = 0x7c;
+/// Power management control and status; the low two bits are the power state.
+const PM_CONTROL: usize = PM_CAP + 4;
 const MSIX_CAP: usize = 0x84;
 const MSIX_CONTROL: usize = MSIX_CAP + 2;
 const COMMON_CAP: usize = 0x90;
@@ -74,6 +79,8 @@ pub(crate) struct Effect {
     pub(crate) reset: bool,
     /// The bits that say how interrupts are delivered may have changed.
     pub(crate) interrupts: bool,
+    /// The bits that say whether the function may access memory may have changed.
+    pub(crate) mastering: bool,
     /// The window of the access capability was written.
     pub(crate) access: bool,
 }
@@ -148,6 +155,7 @@ impl ConfigSpace {
             *byte = (*byte & !mask) | (value & mask);
             match at {
                 COMMAND_HIGH | MSIX_CONTROL_HIGH => effect.interrupts = true,
+                COMMAND | PM_CONTROL => effect.mastering = true,
                 // Bit 15 of the device control register, which always reads as 0.
                 DEVICE_CONTROL_HIGH => effect.reset |= value & 0x80 != 0,
                 ACCESS_DATA..ACCESS_END => effect.access = true,
@@ -175,6 +183,31 @@ impl ConfigSpace {
     /// Whether the driver has switched to MSI-X.
     pub(crate) fn msix_enabled(&self) -> bool {
         self.byte(MSIX_CONTROL_HIGH) & 0x80 != 0
+    }
+
+    /// Whether the driver has masked all vectors at once.
+    pub(crate) fn msix_masked(&self) -> bool {
+        self.msix_enabled() && self.byte(MSIX_CONTROL_HIGH) & 0x40 != 0
+    }
+
+    /// Whether the function is in power state D0; otherwise it answers in its configuration space only.
+    pub(crate) fn awake(&self) -> bool {
+        self.byte(PM_CONTROL) & 0x03 == 0
+    }
+
+    /// Whether the function may access memory.
+    pub(crate) fn may_master(&self) -> bool {
+        self.awake() && self.byte(COMMAND) & COMMAND_MASTER != 0
+    }
+
+    /// Shows whether accesses to memory are still under way though they may not be any more.
+    pub(crate) fn set_transactions_pending(&mut self, pending: bool) {
+        if let Some(byte) = self.bytes.get_mut(DEVICE_STATUS) {
+            *byte &= !TRANSACTIONS_PENDING;
+            if pending {
+                *byte |= TRANSACTIONS_PENDING;
+            }
+        }
     }
 
     /// Shows whether an interrupt is pending on the pin.
@@ -245,8 +278,10 @@ impl Builder {
             if bar == MSIX_BAR && id.vectors == 0 {
                 continue;
             }
-            // 32-bit memory, not prefetchable: all type bits are 0. The fixed low bits give the size.
-            self.allow(BAR0 + 4 * usize::from(bar), &(!(size - 1)).to_le_bytes());
+            // 64-bit memory, prefetchable. The fixed low bits give the size.
+            let at = BAR0 + 4 * usize::from(bar);
+            self.put(at, &[0x0c]);
+            self.allow(at, &(!(u64::from(size) - 1)).to_le_bytes());
         }
         self.put(0x2c, &id.subsystem_vendor.to_le_bytes());
         self.put(0x2e, &id.subsystem.to_le_bytes());
@@ -275,7 +310,7 @@ impl Builder {
             MSIX_CAP
         };
         self.put(PM_CAP, &[0x01, after_pm as u8, 0x03, 0x00, 0x08]);
-        self.allow(PM_CAP + 4, &[0x03]);
+        self.allow(PM_CONTROL, &[0x03]);
 
         if let Some(last) = id.vectors.checked_sub(1) {
             self.put(MSIX_CAP, &[0x11, COMMON_CAP as u8]);

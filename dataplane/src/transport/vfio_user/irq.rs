@@ -1,7 +1,7 @@
 //! Where a function's interrupts go: the event descriptors that the client has set.
 //!
-//! Owns the descriptors and the state of the pin. It must never decide which queue uses which vector: that is
-//! [`super::pci::PciFunction`], which calls it; `SET_IRQS` messages come from [`super::conn`].
+//! Owns the descriptors, the masks of the vectors and the state of the pin. It must never decide which queue uses which
+//! vector: that is [`super::pci::PciFunction`], which calls it; `SET_IRQS` messages come from [`super::conn`].
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -25,11 +25,50 @@ pub(crate) struct Changed {
 /// The event descriptors as they are kept.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct InterruptsV1 {
-    vectors: Vec<Option<u64>>,
+    /// Descriptor, and whether the client has masked the vector.
+    vectors: Vec<(Option<u64>, bool)>,
     pin: Option<u64>,
     pin_masked: bool,
     errors: Option<u64>,
     release: Option<u64>,
+}
+
+/// An MSI-X vector.
+#[derive(Clone, Debug, Default)]
+struct Vector {
+    event: Option<Arc<EventFd>>,
+    /// By a message of the client.
+    client_masks: bool,
+    /// By the function's registers.
+    function_masks: bool,
+}
+
+impl Vector {
+    /// Has the event follow the masks.
+    fn apply(&self) {
+        let Some(event) = &self.event else {
+            return;
+        };
+        if self.client_masks || self.function_masks {
+            event.mask();
+        } else {
+            event.unmask();
+        }
+    }
+
+    fn is_pending(&self) -> bool {
+        self.event.as_ref().is_some_and(|e| e.is_pending())
+    }
+
+    /// Goes to another event, or to none; an interrupt that waits goes along.
+    fn assign(&mut self, event: Option<Arc<EventFd>>) {
+        let pending = self.is_pending();
+        self.event = event;
+        self.apply();
+        if let Some(event) = self.event.as_ref().filter(|_| pending) {
+            event.signal();
+        }
+    }
 }
 
 /// The event descriptors of one client.
@@ -37,7 +76,7 @@ pub(crate) struct InterruptsV1 {
 pub(crate) struct Interrupts {
     /// Where they are kept for a later process.
     fds: Arc<FdStore>,
-    vectors: Vec<Option<Arc<EventFd>>>,
+    vectors: Vec<Vector>,
     pin: Option<EventFd>,
     /// The pin has fired and waits for the client's unmask, or the client has masked it.
     pin_masked: bool,
@@ -51,7 +90,7 @@ impl Interrupts {
     pub(crate) fn new(vectors: u16, fds: &Arc<FdStore>) -> Interrupts {
         Interrupts {
             fds: Arc::clone(fds),
-            vectors: vec![None; vectors.into()],
+            vectors: vec![Vector::default(); vectors.into()],
             pin: None,
             pin_masked: false,
             errors: None,
@@ -70,7 +109,11 @@ impl Interrupts {
             release,
         } = self;
         let number = |event: &Option<EventFd>| event.as_ref().and_then(EventFd::number);
-        let vector = |event: &Option<Arc<EventFd>>| event.as_ref().and_then(|e| e.number());
+        // An interrupt that waits is not lost: every queue interrupts once when a later process starts it.
+        let vector = |v: &Vector| {
+            let number = v.event.as_ref().and_then(|e| e.number());
+            (number, v.client_masks)
+        };
         InterruptsV1 {
             vectors: vectors.iter().map(vector).collect(),
             pin: number(pin),
@@ -94,11 +137,12 @@ impl Interrupts {
         if vectors.len() != self.vectors.len() {
             return false;
         }
-        for (to, number) in self.vectors.iter_mut().zip(vectors) {
-            match adopt(number) {
-                Ok(event) => *to = event.map(Arc::new),
-                Err(_) => return false,
-            }
+        for (to, (number, masked)) in self.vectors.iter_mut().zip(vectors) {
+            let Ok(event) = adopt(number) else {
+                return false;
+            };
+            to.client_masks = masked;
+            to.assign(event.map(Arc::new));
         }
         let (Ok(pin), Ok(errors), Ok(release)) = (adopt(pin), adopt(errors), adopt(release)) else {
             return false;
@@ -118,7 +162,7 @@ impl Interrupts {
             errors,
             release,
         } = self;
-        vectors.fill(None);
+        vectors.fill(Vector::default());
         *pin = None;
         *pin_masked = false;
         *errors = None;
@@ -131,7 +175,8 @@ impl Interrupts {
             irq::INTX => irq_flags::EVENTFD | irq_flags::MASKABLE | irq_flags::AUTOMASKED,
             irq::MSI => irq_flags::EVENTFD | irq_flags::NORESIZE,
             // Vectors can be added one by one, so MSI-X is not NORESIZE.
-            irq::MSIX | irq::ERR | irq::REQ => irq_flags::EVENTFD,
+            irq::MSIX => irq_flags::EVENTFD | irq_flags::MASKABLE,
+            irq::ERR | irq::REQ => irq_flags::EVENTFD,
             _ => return None,
         };
         Some((flags, self.count(index)))
@@ -147,12 +192,29 @@ impl Interrupts {
 
     /// Whether the client takes interrupts on any vector.
     pub(crate) fn any_vector(&self) -> bool {
-        self.vectors.iter().any(Option::is_some)
+        self.vectors.iter().any(|v| v.event.is_some())
     }
 
     /// Where a vector goes.
     pub(crate) fn vector(&self, vector: u16) -> Option<Arc<EventFd>> {
-        self.vectors.get(usize::from(vector)).cloned().flatten()
+        self.vectors.get(usize::from(vector))?.event.clone()
+    }
+
+    /// Masks each vector that `masked` says, and no other.
+    pub(crate) fn mask_vectors(&mut self, masked: impl Fn(usize) -> bool) {
+        for (n, vector) in self.vectors.iter_mut().enumerate() {
+            vector.function_masks = masked(n);
+            vector.apply();
+        }
+    }
+
+    /// The pending bits, as they are behind the table: a vector that has an interrupt to deliver and is masked.
+    pub(crate) fn pending(&self) -> [u8; 8] {
+        let set = self.vectors.iter().enumerate().filter(|v| v.1.is_pending());
+        let bits = set.fold(0u64, |bits, (n, _)| {
+            bits | 1u64.checked_shl(n as u32).unwrap_or(0)
+        });
+        bits.to_le_bytes()
     }
 
     /// Fires the pin, once until the client unmasks it.
@@ -242,8 +304,8 @@ impl Interrupts {
                     .iter_mut()
                     .skip(start as usize)
                     .take(count as usize);
-                for slot in range {
-                    *slot = new.next().map(Arc::new);
+                for vector in range {
+                    vector.assign(new.next().map(Arc::new));
                 }
                 changed.vectors = true;
             }
@@ -264,15 +326,23 @@ impl Interrupts {
                 self.pin_masked &= chosen.is_empty();
                 changed.pin = true;
             }
+            (irq::MSIX, ACTION_MASK | ACTION_UNMASK) => {
+                for &n in chosen {
+                    if let Some(vector) = self.vectors.get_mut(n as usize) {
+                        vector.client_masks = action == ACTION_MASK;
+                        vector.apply();
+                    }
+                }
+            }
             (_, ACTION_TRIGGER) => {
                 for &n in chosen {
                     match index {
                         irq::MSIX => self
                             .vectors
                             .get(n as usize)
+                            .and_then(|v| v.event.as_ref())
                             .into_iter()
-                            .flatten()
-                            .for_each(|v| v.signal()),
+                            .for_each(|event| event.signal()),
                         irq::INTX => self.fire_pin(),
                         irq::ERR => self.errors.iter().for_each(EventFd::signal),
                         _ => self.release.iter().for_each(EventFd::signal),

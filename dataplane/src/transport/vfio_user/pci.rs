@@ -4,9 +4,9 @@
 //! any access of any length at any offset has an answer: what is not there reads as zeros and takes no writes.
 //! [`super::conn`], which calls it, is the way to the client.
 
+mod interrupts;
 mod saved;
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ferry_shared::msg::DeviceSpec;
@@ -18,7 +18,7 @@ pub(crate) use saved::FunctionV1;
 use super::common::{self, Common, Field};
 use super::config::{self, ConfigSpace, Identity};
 use super::irq::Interrupts;
-use super::wire::{IrqSet, region};
+use super::wire::region;
 use crate::engine::Cores;
 use crate::id::{CoreEvent, DeviceId, QueueIdx};
 use crate::keeper::Keeper;
@@ -28,17 +28,12 @@ use crate::platform::EmulatedFunction;
 use crate::transport::requests::Requests;
 use crate::transport::running::{Notice, QueueSetup, RunningQueues};
 use crate::virtio::device::{DeviceModel, QueueSettings, StatusEffect};
-use crate::virtio::inflight::InflightQueue;
+use crate::virtio::inflight::Inflight;
 use crate::virtio::queue::QueueState;
 use crate::virtio::spec::{Features, FsConfig, Status};
 
 /// In a register that names a vector: none.
 const NO_VECTOR: u16 = 0xffff;
-
-/// ISR status: a queue has used buffers.
-const ISR_QUEUE: u8 = 1;
-/// ISR status: the device has something to say in its configuration or status.
-const ISR_CONFIG: u8 = 2;
 
 /// The regions that are BARs of this function.
 const VIRTIO_REGION: u32 = config::VIRTIO_BAR as u32;
@@ -46,7 +41,10 @@ const MSIX_REGION: u32 = config::MSIX_BAR as u32;
 
 /// Features of the transport. The device's addresses are those of the bus, which an IOMMU may translate: the client opens
 /// its windows at those addresses.
-const FEATURES: Features = Features::RING_RESET.union(Features::ACCESS_PLATFORM);
+const FEATURES: Features = Features::RING_RESET
+    .union(Features::ACCESS_PLATFORM)
+    .union(Features::NOTIFICATION_DATA)
+    .union(Features::NOTIF_CONFIG_DATA);
 
 /// Bytes of the device's configuration structure.
 const DEVICE_LEN: usize = size_of::<FsConfig>();
@@ -82,6 +80,9 @@ pub(crate) struct PciFunction {
     config: ConfigSpace,
     registers: Registers,
     msix_table: Vec<u8>,
+    /// The client has the driver's accesses to the table come here, so that its mask bits count. Others keep the table to
+    /// themselves, and the one here stays as it is after a reset: all masked.
+    table_used: bool,
     irqs: Interrupts,
     queues: RunningQueues,
     /// What kicks each queue.
@@ -132,33 +133,36 @@ impl PciFunction {
     ) -> Result<PciFunction, Errno> {
         let size = u16::try_from(spec.queue_size).unwrap_or(u16::MAX);
         let model = DeviceModel::new(spec, FEATURES, size);
-        let queues = model.num_queues();
-        let vectors = place.num_msix.min(queues.saturating_add(1));
+        let count = model.num_queues();
+        let vectors = place.num_msix.min(count.saturating_add(1));
         let identity = Identity {
             subsystem_vendor: place.subsystem_vendor,
             subsystem: place.subsystem,
             vectors,
             device_len: DEVICE_LEN as u32,
-            notify_len: u32::from(queues) * config::NOTIFY_MULTIPLIER,
+            notify_len: u32::from(count) * config::NOTIFY_MULTIPLIER,
         };
-        Ok(PciFunction {
+        let mut function = PciFunction {
             model,
             config: ConfigSpace::new(&identity),
-            registers: Registers::new(queues.into()),
+            registers: Registers::new(count.into()),
             msix_table: fresh_table(vectors),
+            table_used: false,
             irqs: Interrupts::new(vectors, keeper.fds()),
-            queues: RunningQueues::new(id, queues),
-            kicks: (0..queues)
+            queues: RunningQueues::held(id, count),
+            kicks: (0..count)
                 .map(|_| EventFd::new().map(Arc::new))
                 .collect::<Result<_, _>>()?,
-            calls: vec![None; queues.into()],
-            queue_resets: vec![false; queues.into()],
+            calls: vec![None; count.into()],
+            queue_resets: vec![false; count.into()],
             map: Arc::default(),
             pin: Arc::new(EventFd::new()?),
             resetting: false,
             requests: None,
             keeper: keeper.clone(),
-        })
+        };
+        function.update_masks();
+        Ok(function)
     }
 
     /// What queues signal instead of an interrupt while the pin is in use.
@@ -207,6 +211,8 @@ impl PciFunction {
             if ConfigSpace::touches_window(offset, data.len()) {
                 self.read_window();
             }
+            let pending = !self.config.may_master() && !self.queues.is_quiet();
+            self.config.set_transactions_pending(pending);
             self.config.read(offset, data);
         } else {
             self.read_bar(index, offset, data);
@@ -214,9 +220,14 @@ impl PciFunction {
     }
 
     fn read_bar(&mut self, bar: u32, offset: usize, data: &mut [u8]) {
+        if !self.config.awake() {
+            // Nobody answers.
+            return data.fill(0xff);
+        }
         if bar == MSIX_REGION {
-            // The pending bits behind the table stay 0: interrupts that cannot be delivered wait in the client.
             overlay(data, offset, 0, &self.msix_table);
+            let pending = self.irqs.pending();
+            overlay(data, offset, config::PBA_OFFSET as usize, &pending);
         }
         if bar != VIRTIO_REGION {
             return;
@@ -308,7 +319,11 @@ impl PciFunction {
                 .collect();
             self.write_bar(access.bar.into(), access.offset as usize, &window, cores);
         }
-        if effect.interrupts {
+        if effect.mastering {
+            self.queues.hold(!self.config.may_master(), cores);
+        }
+        if effect.interrupts || effect.mastering {
+            self.update_masks();
             self.reroute(cores);
         }
         if effect.reset {
@@ -317,6 +332,9 @@ impl PciFunction {
     }
 
     fn write_bar(&mut self, bar: u32, offset: usize, data: &[u8], cores: &mut dyn Cores) {
+        if !self.config.awake() {
+            return;
+        }
         if bar == MSIX_REGION {
             for (n, byte) in data.iter().enumerate() {
                 if let Some(place) = offset
@@ -324,8 +342,10 @@ impl PciFunction {
                     .and_then(|at| self.msix_table.get_mut(at))
                 {
                     *place = *byte;
+                    self.table_used = true;
                 }
             }
+            self.update_masks();
         }
         if bar != VIRTIO_REGION || data.is_empty() || self.resetting {
             return;
@@ -458,16 +478,13 @@ impl PciFunction {
     }
 
     /// Where a queue begins, and its record of requests in flight.
-    fn position(&mut self, index: QueueIdx, resume: bool) -> (QueueState, Option<InflightQueue>) {
+    fn position(&mut self, index: QueueIdx, resume: bool) -> (QueueState, Option<Inflight>) {
         let packed = self.model.packed();
         let fresh = QueueState::fresh(packed);
-        if packed {
-            return (fresh, None);
-        }
         if self.requests.is_none() {
             self.requests = Requests::new(self.model.num_queues(), &self.keeper);
         }
-        let Some(mut record) = self.requests.as_ref().and_then(|r| r.queue(index)) else {
+        let Some(mut record) = self.requests.as_ref().and_then(|r| r.queue(index, packed)) else {
             return (fresh, None);
         };
         let queue = self.model.queue(index).filter(|_| resume);
@@ -505,6 +522,9 @@ impl PciFunction {
         if let Some(pending) = self.queue_resets.get_mut(usize::from(index.0)) {
             *pending = false;
         }
+        if let Some(vector) = self.registers.queue_vectors.get_mut(usize::from(index.0)) {
+            *vector = NO_VECTOR;
+        }
         self.model.disable_queue(index);
         let size = self.model.max_queue_size();
         self.set_queue(index, |q| {
@@ -532,7 +552,10 @@ impl PciFunction {
         self.msix_table = fresh_table(
             u16::try_from(self.msix_table.len() / config::MSIX_ENTRY as usize).unwrap_or(0),
         );
+        self.table_used = false;
+        self.update_masks();
         self.reset_device(cores);
+        self.queues.hold(true, cores);
     }
 
     /// The queues are stopped and the session has ended.
@@ -589,94 +612,6 @@ impl PciFunction {
             Some(Notice::ResetDone) => self.finish_reset(cores),
             Some(Notice::Failed(_)) if self.model.set_needs_reset() => self.interrupt_config(),
             Some(Notice::Failed(_) | Notice::MemoryReplaced) | None => {}
-        }
-    }
-
-    // Interrupts.
-
-    /// Properties and number of a kind of interrupt.
-    pub(crate) fn irq_info(&self, index: u32) -> Option<(u32, u32)> {
-        self.irqs.info(index)
-    }
-
-    /// Carries out a `SET_IRQS`.
-    pub(crate) fn set_irqs(
-        &mut self,
-        set: &IrqSet,
-        data: &[u8],
-        fds: Vec<OwnedFd>,
-        cores: &mut dyn Cores,
-    ) -> Result<(), Errno> {
-        self.irqs.set(set, data, fds)?;
-        self.reroute(cores);
-        Ok(())
-    }
-
-    /// Forgets where the client took interrupts.
-    pub(crate) fn forget_irqs(&mut self, cores: &mut dyn Cores) {
-        self.irqs.clear();
-        self.reroute(cores);
-    }
-
-    /// Whether interrupts are MSI-X. A client that takes vectors has enabled it, even if it keeps the register to itself.
-    fn uses_msix(&self) -> bool {
-        self.config.msix_enabled() || self.irqs.any_vector()
-    }
-
-    /// Where a queue interrupts.
-    fn call(&self, index: QueueIdx) -> Option<Arc<EventFd>> {
-        if !self.uses_msix() {
-            return Some(Arc::clone(&self.pin));
-        }
-        let vector = self.registers.queue_vectors.get(usize::from(index.0))?;
-        self.irqs.vector(*vector)
-    }
-
-    /// How interrupts are delivered may have changed.
-    fn reroute(&mut self, cores: &mut dyn Cores) {
-        for index in (0..self.model.num_queues()).map(QueueIdx) {
-            let call = self.call(index);
-            let Some(last) = self.calls.get_mut(usize::from(index.0)) else {
-                continue;
-            };
-            let same = match (&*last, &call) {
-                (None, None) => true,
-                (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-                _ => false,
-            };
-            if !same {
-                last.clone_from(&call);
-                self.queues.set_call(index, call, cores);
-            }
-        }
-        self.update_pin();
-    }
-
-    /// A queue has signalled [`PciFunction::pin`].
-    pub(crate) fn pin_fired(&mut self) {
-        self.pin.drain();
-        if !self.uses_msix() {
-            self.registers.isr |= ISR_QUEUE;
-            self.update_pin();
-        }
-    }
-
-    fn interrupt_config(&mut self) {
-        if self.uses_msix() {
-            if let Some(vector) = self.irqs.vector(self.registers.config_vector) {
-                vector.signal();
-            }
-        } else {
-            self.registers.isr |= ISR_CONFIG;
-            self.update_pin();
-        }
-    }
-
-    fn update_pin(&mut self) {
-        let pending = self.registers.isr != 0 && !self.uses_msix();
-        self.config.set_interrupt_status(pending);
-        if pending && !self.config.intx_disabled() {
-            self.irqs.fire_pin();
         }
     }
 }

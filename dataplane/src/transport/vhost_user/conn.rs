@@ -154,10 +154,6 @@ impl Conn {
         device.queues.set_memory(map, device.cores);
         for index in (0..self.rings.len() as u16).map(QueueIdx) {
             if self.rings.get(usize::from(index.0)).is_some_and(|r| r.ran) {
-                // Descriptors of a packed ring are overwritten as it goes round, and nothing records which were taken.
-                if device.model.packed() {
-                    return Err(PeerError::PackedRestart);
-                }
                 let setup = self.setup(index, Start::Resumed, device)?;
                 device.queues.start(index, setup, device.cores);
             }
@@ -460,9 +456,8 @@ impl Conn {
         let places = (queue.desc, queue.used);
         let mut state = ring.start_state(packed, device.queues.map(), places)?;
         let mut inflight = match &self.record {
-            _ if packed => None,
-            Some(record) => record.queue(idx)?,
-            None => device.requests.and_then(|r| r.queue(idx)),
+            Some(record) => record.queue(idx, packed)?,
+            None => device.requests.and_then(|r| r.queue(idx, packed)),
         };
         match (&mut inflight, start) {
             (Some(record), Start::Resumed) => state = record.resume(size, state.used),

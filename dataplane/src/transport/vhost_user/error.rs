@@ -36,8 +36,6 @@ pub(super) enum PeerError {
     Base(u32),
     #[error("ring {0} is to start and has no addresses")]
     NoAddress(u16),
-    #[error("its rings are packed, which cannot be continued after a restart")]
-    PackedRestart,
     #[error("address {0:#x} is in no region of the memory table")]
     UserAddress(u64),
     #[error("a memory region cannot be used: {0}")]
@@ -68,7 +66,6 @@ impl PeerError {
             PeerError::Socket(_)
             | PeerError::Flags(_)
             | PeerError::TooLong(_)
-            | PeerError::PackedRestart
             | PeerError::Unknown(_)
             | PeerError::Size { .. }
             | PeerError::Fds { .. } => false,

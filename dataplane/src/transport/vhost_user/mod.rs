@@ -128,7 +128,7 @@ impl VhostUser {
         keeper: &Keeper,
     ) -> Result<VhostUser, Failure> {
         let mut saver = Saver::new(id, keeper);
-        let mut model = DeviceModel::new(spec, Features::empty(), MAX_RING_SIZE as u16);
+        let mut model = DeviceModel::new(spec, Features::RING_RESET, MAX_RING_SIZE as u16);
         let saved = saver.load::<VhostUserV1>();
         let (saved, link) = match saved {
             Some((saved, link)) => (Some(saved), link),

@@ -17,7 +17,7 @@ use crate::mem::{GuestMap, Iova};
 use crate::os::fdstore::Kept;
 use crate::os::mmap::{MappedRegion, SharedMap, guest_map, new_memfd};
 use crate::virtio::device::DeviceModel;
-use crate::virtio::inflight::{InflightQueue, queue_record_len};
+use crate::virtio::inflight::{self, queue_record_len};
 
 /// A record in use.
 #[derive(Debug)]
@@ -29,17 +29,14 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Makes the memory for a record; the reply to `GET_INFLIGHT_FD`. Packed rings have none.
+    /// Makes the memory for a record; the reply to `GET_INFLIGHT_FD`.
     pub(super) fn create(
         m: &Message,
         model: &DeviceModel,
     ) -> Result<(Vec<u8>, Option<OwnedFd>), PeerError> {
         let wanted = payload(m)?;
         let (queues, queue_size) = (wanted.num_queues, wanted.queue_size);
-        let size = match model.packed() {
-            true => 0,
-            false => length(queues, queue_size),
-        };
+        let size = length(queues, queue_size, model.packed());
         if queues > model.num_queues() || u32::from(queue_size) > MAX_RING_SIZE {
             return Err(bad(size, &wanted));
         }
@@ -83,7 +80,8 @@ impl Record {
     }
 
     fn map(given: Inflight, fd: impl AsFd, kept: Option<Kept>) -> Result<Record, PeerError> {
-        let short = given.mmap_size < length(given.num_queues, given.queue_size);
+        // Packed rings need more; whether theirs is enough shows when one starts.
+        let short = given.mmap_size < length(given.num_queues, given.queue_size, false);
         if short || u32::from(given.queue_size) > MAX_RING_SIZE {
             return Err(bad(given.mmap_size, &given));
         }
@@ -101,17 +99,21 @@ impl Record {
     }
 
     /// The part of one ring, if it has one.
-    pub(super) fn queue(&self, idx: QueueIdx) -> Result<Option<InflightQueue>, PeerError> {
+    pub(super) fn queue(
+        &self,
+        idx: QueueIdx,
+        packed: bool,
+    ) -> Result<Option<inflight::Inflight>, PeerError> {
         if idx.0 >= self.given.num_queues {
             return Ok(None);
         }
-        let queue = InflightQueue::new(&self.map, idx.0, self.given.queue_size)?;
+        let queue = inflight::Inflight::new(&self.map, idx.0, self.given.queue_size, packed)?;
         Ok(Some(queue))
     }
 }
 
-fn length(queues: u16, queue_size: u16) -> u64 {
-    queue_record_len(queue_size) as u64 * u64::from(queues)
+fn length(queues: u16, queue_size: u16, packed: bool) -> u64 {
+    queue_record_len(queue_size, packed) as u64 * u64::from(queues)
 }
 
 fn bad(size: u64, given: &Inflight) -> PeerError {

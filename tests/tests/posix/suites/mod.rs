@@ -1,5 +1,6 @@
 //! The suites, and where their programs come from.
 
+mod checks;
 mod fio;
 mod fsx;
 mod guest;
@@ -14,7 +15,8 @@ use std::env;
 use std::path::PathBuf;
 
 /// All of them, in the order of the table.
-pub(crate) const SUITES: [&dyn Suite; 6] = [
+pub(crate) const SUITES: [&dyn Suite; 7] = [
+    &checks::Checks,
     &pjdfstest::Pjdfstest,
     &guest::InGuests,
     &fsx::Fsx,
@@ -55,6 +57,11 @@ fn check(suite: &dyn Suite) {
     need!(can_mount());
     need!(suite.ready());
     matrix::check(suite).unwrap();
+}
+
+#[test]
+fn every_answer_of_a_mount_is_that_of_the_export() {
+    check(&checks::Checks);
 }
 
 #[test]

@@ -166,6 +166,11 @@ impl Ring {
         either!(self, ring => ring.needs_kick())
     }
 
+    /// Where the next request will go, as a notification with data says it (virtio 1.3, section 2.9).
+    pub(super) fn position(&self) -> u16 {
+        either!(self, ring => ring.position())
+    }
+
     /// Takes the next finished request.
     pub(super) fn pop(&mut self) -> Result<Option<Completion>, RingError> {
         either!(self, ring => ring.pop())

@@ -220,6 +220,10 @@ impl PackedRing {
         }
     }
 
+    pub(super) fn position(&self) -> u16 {
+        self.avail.position()
+    }
+
     pub(super) fn pop(&mut self) -> Result<Option<Completion>, RingError> {
         if !self.has_used() {
             return Ok(None);

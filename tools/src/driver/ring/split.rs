@@ -157,6 +157,10 @@ impl SplitRing {
         }
     }
 
+    pub(super) fn position(&self) -> u16 {
+        self.avail_idx
+    }
+
     pub(super) fn pop(&mut self) -> Result<Option<Completion>, RingError> {
         if self.used_idx == self.used_seen && !self.look()? {
             return Ok(None);

@@ -2,7 +2,7 @@
 //!
 //! Such a handle is the node id, and Linux asks for it by LOOKUP of `.`; so the id must go on naming its inode. A forgotten
 //! inode stays in the table with a lookup count of 0, cold, as long as there is room: the clock of this module ends those
-//! that must make way.
+//! that must make way. It also outlives the mount, because the server's clients outlive a reboot of the server.
 
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering::Relaxed;

@@ -166,7 +166,8 @@ impl Inodes {
             };
             let inode = pin.record();
             if pin.id() != FUSE_ROOT_ID && count_of(inode) == 0 {
-                self.forget(pin.id(), 0, false);
+                // Forgotten, or about to go: it stays if a file handle in the guest could still be answered with it.
+                self.forget(pin.id(), 0, self.handle_of(&pin).is_some());
             } else if inode.flags.load(Relaxed) & KEPT != 0 && pin.fd().is_none() {
                 self.lost(&pin);
             }

@@ -249,6 +249,7 @@ impl Rig {
 
     /// What a driver does up to `DRIVER_OK`, with all queues.
     fn bring_up(&mut self, features: u64) {
+        self.write(region::CONFIG, 4, &[0x06]);
         for status in [1, 3] {
             self.set_common(STATUS, &[status]);
         }

@@ -122,7 +122,7 @@ fn malformed_requests_are_refused_and_change_nothing() {
         set(irq::MSIX, DATA_NONE | DATA_BOOL | ACTION_TRIGGER, 0, 1),
         set(irq::MSIX, DATA_NONE, 0, 1),
         set(irq::MSIX, ACTION_TRIGGER, 0, 1),
-        set(irq::MSIX, DATA_NONE | ACTION_MASK, 0, 1),
+        set(irq::ERR, DATA_NONE | ACTION_MASK, 0, 1),
         set(irq::MSIX, DATA_BOOL | ACTION_TRIGGER, 0, 2),
         set(irq::INTX, DATA_EVENTFD | ACTION_UNMASK, 0, 1),
         set(irq::INTX, DATA_NONE | ACTION_TRIGGER, 1, 0),
@@ -142,4 +142,33 @@ fn every_kind_tells_its_number() {
     let counts: Vec<_> = (0..5).map(|i| irqs.info(i).unwrap().1).collect();
     assert_eq!(counts, [1, 0, 3, 1, 1]);
     assert_eq!(irqs.info(5), None);
+}
+
+#[test]
+fn a_masked_vector_keeps_its_interrupt_for_later_also_when_it_goes_elsewhere() {
+    let mut irqs = Interrupts::new(3, &Arc::default());
+    let ((a, fa), (b, fb), (c, fc)) = (event(), event(), event());
+    irqs.set(&set(irq::MSIX, EVENTS, 0, 2), &[], vec![fa, fb])
+        .unwrap();
+    let mask = set(irq::MSIX, DATA_BOOL | ACTION_MASK, 0, 3);
+    irqs.set(&mask, &[0, 1, 1], vec![]).unwrap();
+    irqs.vector(0).unwrap().signal();
+    irqs.vector(1).unwrap().signal();
+    irqs.vector(1).unwrap().signal();
+    assert!(fired(&a) && !fired(&b));
+    assert_eq!(irqs.pending(), [2, 0, 0, 0, 0, 0, 0, 0]);
+
+    irqs.set(&set(irq::MSIX, EVENTS, 1, 1), &[], vec![fc])
+        .unwrap();
+    assert_eq!(irqs.pending()[0], 2);
+    // Both masks must go.
+    irqs.mask_vectors(|n| n == 1);
+    let unmask = set(irq::MSIX, DATA_NONE | ACTION_UNMASK, 0, 3);
+    irqs.set(&unmask, &[], vec![]).unwrap();
+    assert!(!fired(&c));
+    irqs.mask_vectors(|_| false);
+    assert!(fired(&c) && !fired(&b));
+    assert_eq!(irqs.pending(), [0; 8]);
+    irqs.vector(1).unwrap().signal();
+    assert!(fired(&c));
 }

@@ -21,6 +21,7 @@ pub(crate) struct FunctionV1 {
     config: Vec<u8>,
     registers: Registers,
     msix_table: Vec<u8>,
+    table_used: bool,
     irqs: InterruptsV1,
     /// Those that the client has.
     kicks: Vec<Option<u64>>,
@@ -37,6 +38,7 @@ impl PciFunction {
             config,
             registers,
             msix_table,
+            table_used,
             irqs,
             queues: _,
             kicks,
@@ -53,6 +55,7 @@ impl PciFunction {
             config: config.saved(),
             registers: registers.clone(),
             msix_table: msix_table.clone(),
+            table_used: *table_used,
             irqs: irqs.saved(),
             kicks: kicks.iter().map(|kick| kick.number()).collect(),
             queue_resets: queue_resets.clone(),
@@ -70,10 +73,9 @@ impl PciFunction {
             && saved.queue_resets.len() == count
             && saved.registers.queue_vectors.len() == count;
         let queues = self.model.num_queues();
-        let requests = saved
-            .requests
-            .and_then(|r| Requests::restore(r, queues, keeper));
-        if !fits || requests.is_none() || !self.model.restore(&saved.model) {
+        // There is none before the first queue has started.
+        let requests = saved.requests.map(|r| Requests::restore(r, queues, keeper));
+        if !fits || matches!(requests, Some(None)) || !self.model.restore(&saved.model) {
             return false;
         }
         for (kick, number) in self.kicks.iter_mut().zip(saved.kicks) {
@@ -83,41 +85,38 @@ impl PciFunction {
                 Some(Err(_)) => return false,
             }
         }
-        self.requests = requests;
+        self.requests = requests.flatten();
         self.registers = saved.registers;
         self.msix_table = saved.msix_table;
+        self.table_used = saved.table_used;
         self.queue_resets = saved.queue_resets;
         self.resetting = saved.resetting;
-        self.config.restore(&saved.config) && self.irqs.restore(saved.irqs)
+        if !self.config.restore(&saved.config) || !self.irqs.restore(saved.irqs) {
+            return false;
+        }
+        self.update_masks();
+        true
     }
 
-    /// Starts what ran in a former process, and ends what it had not ended; `false` if the driver has to reset the device,
-    /// because its rings cannot be continued.
-    pub(crate) fn resume(&mut self, map: Arc<GuestMap>, cores: &mut dyn Cores) -> bool {
+    /// Starts what ran in a former process, and ends what it had not ended.
+    pub(crate) fn resume(&mut self, map: Arc<GuestMap>, cores: &mut dyn Cores) {
         self.map = Arc::clone(&map);
         // Nothing runs yet, so that this is done at once.
         self.queues.set_memory(map, cores);
+        self.queues.hold(!self.config.may_master(), cores);
         if self.resetting {
-            self.reset_device(cores);
-            return true;
+            return self.reset_device(cores);
         }
         let running = self.model.status().contains(Status::DRIVER_OK);
-        let packed = self.model.packed();
         for index in (0..self.model.num_queues()).map(QueueIdx) {
             let resets = self.queue_resets.get(usize::from(index.0)).copied();
             let enabled = self.model.queue(index).is_some_and(|q| q.enabled);
             if resets == Some(true) {
                 self.finish_queue_reset(index);
-            } else if running && enabled && !packed {
+            } else if running && enabled {
                 self.start_queue(index, true, cores);
             }
         }
-        // Descriptors of a packed ring are overwritten as it goes round, and nothing records which were taken from it.
-        let lost = running && packed;
-        if lost && self.model.set_needs_reset() {
-            self.interrupt_config();
-        }
         self.update_pin();
-        !lost
     }
 }

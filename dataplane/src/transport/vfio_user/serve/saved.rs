@@ -71,11 +71,6 @@ impl Served {
     /// Goes on with what a former process has left.
     pub(crate) fn resume(&mut self, cores: &mut dyn Cores) {
         let map = self.guest_map();
-        if !self.function.resume(map, cores) {
-            tracing::error!(
-                device = %self.name,
-                "its driver uses packed rings, which cannot be continued after a restart; it has to reset the device"
-            );
-        }
+        self.function.resume(map, cores);
     }
 }

@@ -58,7 +58,7 @@ fn a_front_end_that_asks_hears_of_a_refusal_and_stays() {
     let mut rig = rig("refuse");
     rig.negotiate_features(FEATURES);
     assert_eq!(
-        rig.ack(Request::SetFeatures, (1u64 << 40).as_bytes(), &[]),
+        rig.ack(Request::SetFeatures, (1u64 << 41).as_bytes(), &[]),
         1
     );
     // A ring is to start without having been set up.

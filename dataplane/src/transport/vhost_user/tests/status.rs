@@ -87,7 +87,7 @@ fn the_in_flight_record_is_made_and_taken_and_goes_to_the_queues() {
     rig.send(Request::GetInflightFd, wanted.as_bytes(), &[]);
     let (_, payload, fds) = rig.reply_with_fds().unwrap();
     let given = Inflight::read_from_bytes(&payload).unwrap();
-    assert_eq!(given.mmap_size, 3 * queue_record_len(256) as u64);
+    assert_eq!(given.mmap_size, 3 * queue_record_len(256, false) as u64);
     assert_eq!((given.num_queues, given.queue_size), (3, 256));
     rig.send(Request::GetInflightFd, &wanted.as_bytes()[..20], &[]);
     assert_eq!(rig.reply_with_fds().unwrap().1.len(), 20);

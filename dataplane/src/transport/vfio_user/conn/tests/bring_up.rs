@@ -103,8 +103,8 @@ fn vectors_outside_the_table_read_back_as_none() {
 fn features_beyond_the_offer_keep_features_ok_from_being_set() {
     let mut rig = Rig::new(3);
     rig.set_common(0, &1u32.to_le_bytes());
-    // VIRTIO_F_VERSION_1, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_RESET.
-    assert_eq!(rig.common::<4>(4), [0x03, 0x01, 0, 0]);
+    // VIRTIO_F_VERSION_1, _ACCESS_PLATFORM, _NOTIFICATION_DATA, _NOTIF_CONFIG_DATA and _RING_RESET.
+    assert_eq!(rig.common::<4>(4), [0x03 | 0xc0, 0x01, 0, 0]);
     rig.set_common(0, &2u32.to_le_bytes());
     assert_eq!(rig.common::<4>(4), [0; 4]);
     for (select, word) in [(1u32, 0xffff_ffffu32), (2, 1)] {
@@ -228,4 +228,56 @@ fn kicks_are_handed_out_to_a_client_with_room_for_them() {
     let other: RegionIoFds = rig.call(io_fds, &ask(2, 16)).unwrap();
     assert_eq!(other.count, 0);
     assert_eq!(rig.call::<RegionIoFds>(io_fds, &ask(9, 16)), Err(22));
+}
+
+/// The MSI-X capability is the third; its control register is at 2.
+fn msix_control(rig: &mut Rig) -> u64 {
+    let [mut at] = rig.read(region::CONFIG, 0x34);
+    loop {
+        let [id, next]: [u8; 2] = rig.read(region::CONFIG, at.into());
+        if id == 0x11 {
+            return u64::from(at) + 2;
+        }
+        at = next;
+    }
+}
+
+#[test]
+fn interrupts_of_masked_vectors_wait_in_the_pending_bits() {
+    let (mut rig, events) = Rig::running();
+    let calls: Vec<_> = rig.cores.started.iter().map(|s| s.call.clone()).collect();
+    let signal = |queue: usize| calls[queue].as_ref().unwrap().signal();
+    // A client that keeps the table to itself.
+    signal(1);
+    assert!(fired(&events[1]));
+    // One that does not: the driver unmasks vector 1 only.
+    let unmasked = [[0; 12].as_slice(), &[0; 4]].concat();
+    rig.write(region::BAR2, 16, &unmasked);
+    signal(1);
+    signal(2);
+    assert!(fired(&events[1]) && !fired(&events[2]));
+    assert_eq!(rig.read::<8>(region::BAR2, 0x800), [4, 0, 0, 0, 0, 0, 0, 0]);
+    rig.write(region::BAR2, 32, &unmasked);
+    assert!(fired(&events[2]));
+    assert_eq!(rig.read::<8>(region::BAR2, 0x800), [0; 8]);
+    // The function's mask holds back all.
+    let control = msix_control(&mut rig);
+    rig.write(region::CONFIG, control, &[2, 0xc0]);
+    signal(1);
+    signal(2);
+    assert!(!fired(&events[1]) && !fired(&events[2]));
+    assert_eq!(rig.read::<1>(region::BAR2, 0x800), [6]);
+    rig.write(region::CONFIG, control, &[2, 0x80]);
+    assert!(fired(&events[1]) && fired(&events[2]));
+    assert_eq!(rig.read::<1>(region::BAR2, 0x800), [0]);
+}
+
+#[test]
+fn a_notification_may_carry_more_than_the_number_of_the_queue() {
+    let (mut rig, _events) = Rig::running();
+    let kicks: Vec<_> = rig.cores.started.iter().map(|s| s.kick.clone()).collect();
+    kicks.iter().for_each(|k| k.drain());
+    rig.write(region::BAR0, u64::from(NOTIFY_OFFSET) + 4, &[1, 0, 9, 0x80]);
+    let kicked: Vec<_> = kicks.iter().map(|k| fired(&**k)).collect();
+    assert_eq!(kicked, [false, true, false]);
 }

@@ -52,7 +52,7 @@ fn a_function_level_reset_takes_registers_back() {
     let [cap] = rig.read(region::CONFIG, 0x34);
     rig.write(region::CONFIG, u64::from(cap) + 8, &[0x10, 0xa8]);
     assert_eq!(rig.cores.take(), RESETS);
-    assert_eq!(rig.read::<4>(region::CONFIG, 0x10), [0; 4]);
+    assert_eq!(rig.read::<4>(region::CONFIG, 0x10), [0x0c, 0, 0, 0]);
     assert_eq!(rig.read::<1>(region::CONFIG, 4), [0]);
     let mut masked = [0; 16];
     masked[12] = 1;
@@ -259,4 +259,76 @@ fn closing_takes_the_socket_away_and_ends_quietly() {
     rig.report(REPLACED);
     assert!(rig.device.is_quiet());
     assert!(rig.cores.take().contains(&Asked::EndSession));
+}
+
+/// The capability of power management is the second; its control register is at 4.
+fn power_control(rig: &mut Rig) -> u64 {
+    let [first] = rig.read(region::CONFIG, 0x34);
+    let [next] = rig.read(region::CONFIG, u64::from(first) + 1);
+    assert_eq!(rig.read::<1>(region::CONFIG, next.into()), [1]);
+    u64::from(next) + 4
+}
+
+/// The low byte of the device status register of the PCI Express capability.
+fn device_status(rig: &mut Rig) -> u8 {
+    let [cap] = rig.read(region::CONFIG, 0x34);
+    rig.read::<1>(region::CONFIG, u64::from(cap) + 10)[0]
+}
+
+#[test]
+fn a_function_that_may_not_master_the_bus_keeps_off_memory_until_it_may() {
+    let (mut rig, events) = Rig::running();
+    let call = rig.cores.started[1].call.clone().unwrap();
+    rig.write(region::CONFIG, 4, &[0x02]);
+    assert_eq!(rig.cores.take(), STOPS);
+    assert_eq!(device_status(&mut rig) & 0x20, 0x20);
+    // What the last requests have to say waits.
+    call.signal();
+    assert!(!fired(&events[1]));
+    rig.all_stopped();
+    assert_eq!(device_status(&mut rig) & 0x20, 0);
+    assert_eq!(rig.status(), 15);
+    rig.write(region::CONFIG, 4, &[0x06]);
+    assert_eq!(rig.cores.take(), STARTS);
+    assert!(fired(&events[1]));
+    assert_eq!(rig.cores.started.last().unwrap().config.state.avail, 5);
+}
+
+#[test]
+fn a_function_in_d3_answers_in_its_configuration_space_only_and_goes_on_in_d0() {
+    let (mut rig, _events) = Rig::running();
+    let power = power_control(&mut rig);
+    rig.write(region::CONFIG, power, &[3]);
+    assert_eq!(rig.cores.take(), STOPS);
+    rig.all_stopped();
+    assert_eq!(rig.status(), 0xff);
+    rig.set_common(STATUS, &[0]);
+    rig.write(region::BAR2, 0, &[0; 16]);
+    assert_eq!(rig.read::<2>(region::CONFIG, 0), [0xf4, 0x1a]);
+    rig.write(region::CONFIG, power, &[0]);
+    assert_eq!(rig.status(), 15);
+    assert_eq!(rig.read::<16>(region::BAR2, 0)[12], 1);
+    assert_eq!(rig.cores.take(), STARTS);
+}
+
+#[test]
+fn a_reset_drops_what_a_stopping_queue_waits_for() {
+    let (mut rig, _events) = Rig::running();
+    rig.write(region::CONFIG, 4, &[0x02]);
+    assert_eq!(rig.cores.take(), STOPS);
+    let [cap] = rig.read(region::CONFIG, 0x34);
+    rig.write(region::CONFIG, u64::from(cap) + 8, &[0x10, 0xa8]);
+    assert_eq!(rig.cores.take(), RESETS);
+    rig.all_stopped();
+    rig.write(region::CONFIG, 4, &[0x06]);
+    assert_eq!(rig.status(), 0);
+}
+
+#[test]
+fn the_form_of_a_functions_record_belongs_to_the_version_of_records() {
+    use crate::keeper::{VERSION, encode};
+    let (rig, _events) = Rig::running();
+    let record = encode(&rig.device.served.saved());
+    // Whoever changes the record has to raise the version, and then both numbers here.
+    assert_eq!((VERSION, record.len()), (2, 388));
 }
