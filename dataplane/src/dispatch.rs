@@ -143,9 +143,10 @@ pub fn opcode(input: &[u8]) -> u32 {
     parse::header(input).map_or(0, |header| header.opcode)
 }
 
-/// The number of a copied request; 0 if it is too short to have one.
-pub fn unique(input: &[u8]) -> u64 {
-    parse::header(input).map_or(0, |header| header.unique)
+/// Opcode and number of a copied request; zeros if it is too short to have them.
+#[inline]
+pub fn identity(input: &[u8]) -> (u32, u64) {
+    parse::header(input).map_or((0, 0), |header| (header.opcode, header.unique))
 }
 
 /// How many bytes of scratch [`execute`] needs for a copied request whose reply may be `reply` bytes long; at most

@@ -42,6 +42,20 @@ pub struct Region {
     pub writable: bool,
 }
 
+impl Region {
+    /// Where `len` bytes at `iova` are, if all of them lie in this region and may be used in this way.
+    #[inline]
+    pub(crate) fn host_of(&self, iova: Iova, len: u64, write: bool) -> Option<NonNull<u8>> {
+        let offset = iova.0.wrapping_sub(self.iova.0);
+        let fits = offset < self.len && len <= self.len.wrapping_sub(offset);
+        if !fits || (write && !self.writable) {
+            return None;
+        }
+        // SAFETY: `offset` < `self.len`, so the result lies inside the region's host range.
+        Some(unsafe { self.host.add(offset as usize) })
+    }
+}
+
 /// Why an access to guest memory is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
@@ -89,6 +103,9 @@ pub enum MapError {
     #[error("memory regions overlap at {0:#x}")]
     Overlap(u64),
 }
+
+/// So many regions are looked through one by one, which is faster than halving.
+const FEW_REGIONS: usize = 8;
 
 /// The guest memory of one device: an immutable, sorted set of regions. A change makes a new map.
 #[derive(Debug, Default)]
@@ -147,6 +164,7 @@ impl GuestMap {
     }
 
     /// Tells this map from every other one; what has been translated by one map is never used with another.
+    #[inline]
     pub(crate) fn id(&self) -> u64 {
         self.id
     }
@@ -165,29 +183,31 @@ impl GuestMap {
         write: bool,
     ) -> Result<(NonNull<u8>, u64), Fault> {
         let unmapped = Fault::Unmapped { iova: iova.0, len };
-        let after = self.regions.partition_point(|r| r.iova <= iova);
-        let region = after
-            .checked_sub(1)
-            .and_then(|i| self.regions.get(i))
-            .ok_or(unmapped)?;
+        let region = self.region(iova).filter(|_| len > 0).ok_or(unmapped)?;
         let offset = iova.0.wrapping_sub(region.iova.0);
-        let left = region
-            .len
-            .checked_sub(offset)
-            .filter(|&n| n > 0 && len > 0)
-            .ok_or(unmapped)?;
-        if write && !region.writable {
-            return Err(Fault::ReadOnly { iova: iova.0, len });
+        let now = len.min(region.len.wrapping_sub(offset));
+        match region.host_of(iova, now, write) {
+            Some(host) => Ok((host, now)),
+            None => Err(Fault::ReadOnly { iova: iova.0, len }),
         }
-        let offset = usize::try_from(offset).map_err(|_| unmapped)?;
-        // SAFETY: `offset` < `region.len`, so the result lies inside the region's host range.
-        let host = unsafe { region.host.add(offset) };
-        Ok((host, left.min(len)))
+    }
+
+    /// The region that an address lies in.
+    #[inline]
+    pub(crate) fn region(&self, iova: Iova) -> Option<&Region> {
+        let holds = |r: &&Region| iova.0.wrapping_sub(r.iova.0) < r.len;
+        if self.regions.len() <= FEW_REGIONS {
+            return self.regions.iter().find(holds);
+        }
+        let after = self.regions.partition_point(|r| r.iova <= iova);
+        self.regions.get(after.wrapping_sub(1)).filter(holds)
     }
 
     /// Has the processor fetch what is at an address, if that is in guest memory.
+    #[inline]
     pub(crate) fn prefetch(&self, iova: Iova) {
-        if let Ok((host, _)) = self.translate_some(iova, 1, false) {
+        let host = self.region(iova).and_then(|r| r.host_of(iova, 1, false));
+        if let Some(host) = host {
             prefetch(host);
         }
     }
@@ -235,6 +255,7 @@ impl GuestMap {
 /// Copies `dst.len()` bytes of guest memory in.
 ///
 /// Private to the crate: `src` comes from [`GuestMap::translate_some`] with at least that length.
+#[inline]
 pub(crate) fn copy_in(src: NonNull<u8>, dst: &mut [u8]) {
     // SAFETY: the caller got `src` for `dst.len()` bytes from a `GuestMap`, whose regions are readable; `dst` is a Rust
     // slice and so does not overlap guest memory.
@@ -242,12 +263,14 @@ pub(crate) fn copy_in(src: NonNull<u8>, dst: &mut [u8]) {
 }
 
 /// Copies bytes out to guest memory; the counterpart of [`copy_in`].
+#[inline]
 pub(crate) fn copy_out(src: &[u8], dst: NonNull<u8>) {
     // SAFETY: the caller got `dst` for `src.len()` bytes from a `GuestMap` with write access; no overlap as above.
     unsafe { core::ptr::copy_nonoverlapping(src.as_ptr(), dst.as_ptr(), src.len()) }
 }
 
 /// Has the processor begin to fetch the cache line at `host`; only a hint, and nothing is read.
+#[inline]
 pub(crate) fn prefetch(host: NonNull<u8>) {
     #[cfg(target_arch = "x86_64")]
     {
@@ -264,6 +287,7 @@ pub(crate) fn prefetch(host: NonNull<u8>) {
 /// # Safety
 ///
 /// `host` must come from [`GuestMap::translate`] with length and alignment of at least 2, and the map must outlive `'a`.
+#[inline]
 pub(crate) unsafe fn atomic_u16<'a>(host: NonNull<u8>) -> &'a AtomicU16 {
     // SAFETY: valid, aligned and alive by the contract; the guest's accesses are those of another agent, for which atomics
     // are the right model.
@@ -275,6 +299,7 @@ pub(crate) unsafe fn atomic_u16<'a>(host: NonNull<u8>) -> &'a AtomicU16 {
 /// # Safety
 ///
 /// As [`atomic_u16`], with 4 bytes.
+#[inline]
 pub(crate) unsafe fn atomic_u32<'a>(host: NonNull<u8>) -> &'a AtomicU32 {
     // SAFETY: as above.
     unsafe { AtomicU32::from_ptr(host.as_ptr().cast()) }
@@ -336,6 +361,17 @@ impl<'a> Segments<'a> {
     /// with write access if it will be written, and that map must outlive `'a`.
     pub unsafe fn new(pieces: &'a [IoVec]) -> Segments<'a> {
         let len = pieces.iter().fold(0usize, |n, p| n.saturating_add(p.len));
+        // SAFETY: by the contract; the length is that of the pieces.
+        unsafe { Segments::of_len(pieces, len) }
+    }
+
+    /// As [`Segments::new`], of pieces whose lengths add up to no less than `len`.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Segments::new`].
+    #[inline]
+    pub(crate) unsafe fn of_len(pieces: &'a [IoVec], len: usize) -> Segments<'a> {
         Segments {
             pieces,
             skip: 0,
@@ -355,6 +391,7 @@ impl<'a> Segments<'a> {
     }
 
     /// Length in bytes.
+    #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
@@ -365,6 +402,7 @@ impl<'a> Segments<'a> {
     }
 
     /// The same buffer without its first `n` bytes (empty if there are fewer).
+    #[inline]
     pub fn after(&self, n: usize) -> Segments<'a> {
         if n >= self.len {
             return Segments {
@@ -392,11 +430,23 @@ impl<'a> Segments<'a> {
     }
 
     /// The same buffer, cut to at most `n` bytes.
+    #[inline]
     pub fn first(&self, n: usize) -> Segments<'a> {
         Segments {
             len: self.len.min(n),
             ..*self
         }
+    }
+
+    /// Where the first `n` bytes are, if they lie in one piece.
+    #[inline]
+    fn start(&self, n: usize) -> Option<NonNull<u8>> {
+        let first = self.pieces.first()?;
+        if n > self.len || n > first.len.saturating_sub(self.skip) {
+            return None;
+        }
+        // SAFETY: `skip + n` does not exceed the piece's length, so the result is inside the piece or at its end.
+        NonNull::new(unsafe { first.base.add(self.skip) })
     }
 
     /// The pieces, trimmed to this buffer; none is empty.
@@ -419,7 +469,16 @@ impl<'a> Segments<'a> {
     }
 
     /// Copies the buffer's first bytes in, as many as both hold; returns how many.
+    #[inline]
     pub fn read(&self, dst: &mut [u8]) -> usize {
+        if let Some(base) = self.start(dst.len()) {
+            copy_in(base, dst);
+            return dst.len();
+        }
+        self.read_pieces(dst)
+    }
+
+    fn read_pieces(&self, dst: &mut [u8]) -> usize {
         let mut done = 0;
         for (base, n) in self.iter() {
             let Some(rest) = dst.get_mut(done..).filter(|r| !r.is_empty()) else {
@@ -435,7 +494,16 @@ impl<'a> Segments<'a> {
     }
 
     /// Copies bytes out to the start of the buffer, as many as both hold; returns how many.
+    #[inline]
     pub fn write(&self, src: &[u8]) -> usize {
+        if let Some(base) = self.start(src.len()) {
+            copy_out(src, base);
+            return src.len();
+        }
+        self.write_pieces(src)
+    }
+
+    fn write_pieces(&self, src: &[u8]) -> usize {
         let mut done = 0;
         for (base, n) in self.iter() {
             let Some(rest) = src.get(done..).filter(|r| !r.is_empty()) else {

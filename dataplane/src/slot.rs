@@ -161,6 +161,8 @@ pub struct SlotMeta {
     pub head: Option<Head>,
     /// Its FUSE number.
     pub unique: u64,
+    /// Its operation; 0, which is none, if it is too short to have one.
+    pub opcode: u32,
     /// Bytes of the copied input.
     pub input_len: u32,
     /// Bytes that the reply may need.
@@ -177,6 +179,19 @@ pub struct SlotMeta {
     pub began: u64,
 }
 
+/// What a slot gives back when its request is over.
+#[derive(Debug)]
+pub struct Freed {
+    /// Index of the queue on this core.
+    pub queue: u32,
+    /// The queue's token.
+    pub head: Head,
+    /// The queue was reset.
+    pub discard: bool,
+    /// Data buffers to give back.
+    pub buffers: [Option<DataBuffer>; 2],
+}
+
 impl SlotMeta {
     /// A free slot.
     pub const fn free() -> SlotMeta {
@@ -185,6 +200,7 @@ impl SlotMeta {
             queue: 0,
             head: None,
             unique: 0,
+            opcode: 0,
             input_len: 0,
             scratch_len: 0,
             input_buffer: None,
@@ -193,5 +209,21 @@ impl SlotMeta {
             discard: false,
             began: 0,
         }
+    }
+
+    /// Ends the request; `None` if there is none. What the next one sets before it is read stays as it is.
+    #[inline]
+    pub fn end(&mut self) -> Option<Freed> {
+        let head = self.head.take()?;
+        self.stage = Stage::Free;
+        self.opcode = 0;
+        self.input_len = 0;
+        self.transfer = None;
+        Some(Freed {
+            queue: self.queue,
+            head,
+            discard: core::mem::take(&mut self.discard),
+            buffers: [self.input_buffer.take(), self.output_buffer.take()],
+        })
     }
 }

@@ -472,6 +472,17 @@ impl<'a, R: Record> Pinned<'a, R> {
         self.slot.state.fetch_and(!LIVE, AcqRel) & LIVE != 0
     }
 
+    /// Ends the record as [`Pinned::kill`] does and gives its descriptor to the caller, if nobody else has pinned it; if
+    /// somebody has, or there is no descriptor, nothing changes.
+    pub fn kill_sole(&self) -> Option<i32> {
+        let alone = |s: u64| {
+            let sole = s & LIVE != 0 && s & PINS == PIN && s & FD != 0;
+            sole.then_some(s & !(LIVE | FD | CHILL))
+        };
+        let before = self.slot.state.try_update(AcqRel, Relaxed, alone);
+        before.ok().and_then(fd_of)
+    }
+
     /// Whether it has not been ended, see [`Pinned::kill`].
     pub fn is_alive(&self) -> bool {
         self.slot.state.load(Acquire) & LIVE != 0

@@ -70,6 +70,7 @@ pub struct Request<'a> {
 pub const FIRST: usize = size_of::<fuse_in_header>() + size_of::<fuse_write_in>();
 
 /// Reads the header of a request.
+#[inline]
 pub fn header(input: &[u8]) -> Result<fuse_in_header, Errno> {
     fuse_in_header::read_from_prefix(input)
         .map(|(header, _)| header)
@@ -77,6 +78,7 @@ pub fn header(input: &[u8]) -> Result<fuse_in_header, Errno> {
 }
 
 /// Decodes a request: `input` is the copied part and `following` counts the bytes that stayed in guest memory.
+#[inline]
 pub fn request(
     header: fuse_in_header,
     input: &[u8],
@@ -104,7 +106,10 @@ pub fn request(
         extensions(cursor.rest)?
     } else {
         // The extensions of a request whose data stayed in guest memory lie behind that data; no such operation uses any.
-        extensions(tail.get(..extension).unwrap_or(&[]))?
+        match extension {
+            0 => Extensions::default(),
+            _ => extensions(tail.get(..extension).unwrap_or(&[]))?,
+        }
     };
     if !protocol.has(FUSE_CREATE_SUPP_GROUP) {
         extensions.supplementary_group = None;
@@ -129,6 +134,7 @@ pub struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
+    #[inline]
     fn bytes(&mut self, len: usize) -> Result<&'a [u8], Errno> {
         let (taken, rest) = self.rest.split_at_checked(len).ok_or(Errno::EINVAL)?;
         self.rest = rest;
@@ -149,6 +155,7 @@ pub trait Take<'a>: Sized {
 }
 
 impl<'a, T: FromBytes + KnownLayout + Immutable> Take<'a> for T {
+    #[inline]
     fn take(from: &mut Cursor<'a>) -> Result<T, Errno> {
         let (value, rest) = T::read_from_prefix(from.rest).map_err(|_| Errno::EINVAL)?;
         from.rest = rest;

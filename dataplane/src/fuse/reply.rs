@@ -55,6 +55,7 @@ impl<'a> Reply<'a> {
     }
 
     /// The guest's buffer after the header.
+    #[inline]
     pub fn payload(&self) -> Segments<'a> {
         self.to.after(HEADER)
     }
@@ -72,6 +73,7 @@ impl<'a> Reply<'a> {
     }
 
     /// Writes a structure (`()` for a reply without one); returns the bytes written.
+    #[inline]
     pub fn fixed<T: IntoBytes + Immutable>(&self, payload: &T) -> u32 {
         self.parts(payload.as_bytes(), &[])
     }
@@ -82,6 +84,7 @@ impl<'a> Reply<'a> {
     }
 
     /// Writes a payload in two parts; returns the bytes written.
+    #[inline]
     pub fn parts(&self, first: &[u8], second: &[u8]) -> u32 {
         let len = first.len().saturating_add(second.len());
         if len > self.room() || self.is_hopeless() {
@@ -89,7 +92,9 @@ impl<'a> Reply<'a> {
         }
         let payload = self.payload();
         payload.write(first);
-        payload.after(first.len()).write(second);
+        if !second.is_empty() {
+            payload.after(first.len()).write(second);
+        }
         self.header(0, len)
     }
 
@@ -101,6 +106,7 @@ impl<'a> Reply<'a> {
         self.header(0, len)
     }
 
+    #[inline]
     fn header(&self, error: i32, payload: usize) -> u32 {
         // A chain of guest buffers can hold 4 GiB; a reply never does.
         let len = u32::try_from(payload.saturating_add(HEADER)).unwrap_or(u32::MAX);

@@ -200,7 +200,7 @@ impl Session {
 
     /// Counts the times that a mount has begun or ended; wraps.
     pub fn epoch(&self) -> u32 {
-        self.load().epoch
+        (self.word.load(Ordering::Acquire) >> 32) as u32
     }
 
     /// How requests are to be decoded; `None` while nothing is mounted.

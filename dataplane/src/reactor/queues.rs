@@ -255,6 +255,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             self.publish(at, sys);
         }
         self.trace(Point::QueueStopped, at, [0; 2], sys);
+        self.count_finished(sys);
         if let Some(counters) = &self.count_in {
             counters.queue_gone(at as usize);
         }

@@ -21,8 +21,7 @@ use crate::fuse::abi::{FUSE_DESTROY, FUSE_INIT, FUSE_READ, FUSE_WRITE, fuse_out_
 use crate::fuse::reply::HEADER;
 use crate::id::{CoreEvent, DeviceId, QueueKind};
 use crate::mem::Segments;
-use crate::pool::DataBuffer;
-use crate::slot::{SlotMeta, Stage, Transfer};
+use crate::slot::{Freed, Stage, Transfer};
 use crate::virtio::queue::Head;
 
 impl<B: Backend, S: System<B>> Reactor<B, S> {
@@ -62,7 +61,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
 
     /// Takes requests from a queue.
     pub(super) fn serve(&mut self, at: u32, sys: &mut S) -> bool {
-        let mut taken = 0u64;
+        let (mut taken, mut began) = (0u64, 0);
         for _ in 0..BUDGET {
             let Some(q) = self.queues.get_mut(at as usize).and_then(Option::as_mut) else {
                 break;
@@ -76,7 +75,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 break;
             }
             if taken == 0 {
-                self.clock = sys.now();
+                began = sys.now();
             }
             let Some(slot) = self.free.pop() else {
                 self.counters.slot_waits = self.counters.slot_waits.wrapping_add(1);
@@ -97,7 +96,8 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                     self.counters.requests = self.counters.requests.wrapping_add(1);
                     if let Some(meta) = self.slots.get_mut(slot as usize) {
                         meta.queue = at;
-                        meta.began = self.clock;
+                        meta.began = began;
+                        meta.unique = 0;
                         meta.head = Some(popped.head);
                     }
                     self.trace(Point::RequestTaken, at, [u64::from(slot), 0], sys);
@@ -145,7 +145,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
             }
             Err(Malformed { unique: None, .. }) => self.release(slot, Some(0), sys),
             Ok(intake) => {
-                self.set_unique(slot, dispatch::unique(seen));
+                if let Some(meta) = self.meta(slot) {
+                    (meta.opcode, meta.unique) = dispatch::identity(seen);
+                }
                 if faulty {
                     return self.fail(slot, Errno::EFAULT, sys);
                 }
@@ -155,7 +157,9 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 if input_len > MAX_DATA_BUFFER {
                     return self.fail(slot, Errno::E2BIG, sys);
                 }
-                if let Some(rest) = input.get_mut(first..intake.input.min(SLOT_INPUT)) {
+                if intake.input > first
+                    && let Some(rest) = input.get_mut(first..intake.input.min(SLOT_INPUT))
+                {
                     readable.after(first).read(rest);
                 }
                 if let Some(meta) = self.meta(slot) {
@@ -185,6 +189,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         );
         let long_reply = scratch > SLOT_OUTPUT;
         let needed = usize::from(long_input) + usize::from(long_reply);
+        if needed == 0 && meta.stage != Stage::NeedsBuffers {
+            meta.scratch_len = scratch as u32;
+            return self.run(slot, sys);
+        }
         if self.pool.available() < needed
             || (needed > 0 && self.need_buffers.front().is_some_and(|&s| s != slot))
         {
@@ -225,9 +233,7 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
     /// Runs a request here, or sends it to the helper thread.
     pub(super) fn run(&mut self, slot: u32, sys: &mut S) {
         let Some(run) = self.locate(slot) else { return };
-        // SAFETY: the slot is the core's; nobody else writes its input.
-        let input = unsafe { run.input.as_ref() };
-        let opcode = dispatch::opcode(input);
+        let opcode = self.slots.get(slot as usize).map_or(0, |m| m.opcode);
         self.trace_slot(Point::FuseStart, slot, u64::from(opcode), sys);
         let Some(meta) = self.slots.get_mut(slot as usize) else {
             return;
@@ -383,7 +389,13 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         if self.trace.is_some() {
             self.trace_release(slot, written, sys);
         }
-        let Some((at, head, discard)) = self.free_slot(slot) else {
+        let Some(Freed {
+            queue: at,
+            head,
+            discard,
+            ..
+        }) = self.free_slot(slot)
+        else {
             return;
         };
         if let Some(q) = self.queue_mut(at) {
@@ -395,8 +407,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
                 None => q.queue.abandon(head),
             }
             q.in_flight = q.in_flight.saturating_sub(1);
+            if q.ending != Ending::Runs {
+                self.check_stopped(at, sys);
+            }
         }
-        self.check_stopped(at, sys);
     }
 
     /// Traces a request that is answered, or dropped.
@@ -416,42 +430,57 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         );
     }
 
-    /// Counts a request that is answered with so many bytes.
+    /// Notes a request that is answered with so many bytes, to be counted at the end of the turn.
     fn count(&mut self, slot: u32, written: u32, counters: &CoreCounters, sys: &S) {
         let Some(device) = self.device_of(slot).filter(|id| counters.counts(id.0)) else {
             return;
         };
-        // What is taken from a queue next begins now: that spares every other look at the clock.
-        self.clock = sys.now();
-        let (Some(run), Some(meta)) = (self.locate(slot), self.slots.get(slot as usize)) else {
+        let Some(meta) = self.slots.get(slot as usize) else {
             return;
         };
-        let queue = meta.queue;
-        // SAFETY: the slot is the core's; nobody writes its input or its chain.
-        let (chain, input) = unsafe { (&(*run.body.as_ptr()).chain, run.input.as_ref()) };
-        // SAFETY: the queue holds the map.
-        let map = unsafe { run.map.as_ref() };
-        let opcode = dispatch::opcode(input);
-        // The reply's beginning is read back from where the guest may have changed it already: it spoils its own count.
-        let (mut error, mut size) = ([0; 4], [0; 4]);
-        let reply = chain.writable(map);
-        reply
-            .after(offset_of!(fuse_out_header, error))
-            .read(&mut error);
-        let ok = written as usize != HEADER || error == [0; 4];
+        let (opcode, began, queue) = (meta.opcode, meta.began, meta.queue);
         let mut request = Finished {
             opcode,
-            error: !ok && written != 0,
-            ns: self.clock.saturating_sub(meta.began),
             ..Finished::default()
         };
-        if ok && opcode == FUSE_READ {
+        // What is read back from the reply the guest may have changed already: it spoils its own count.
+        let error = offset_of!(fuse_out_header, error);
+        request.error = written as usize == HEADER && self.reply_word(slot, error) != 0;
+        if !request.error && opcode == FUSE_READ {
             request.read = u64::from(written).saturating_sub(HEADER as u64);
-        } else if ok && opcode == FUSE_WRITE {
-            reply.after(HEADER).read(&mut size);
-            request.written = u64::from(u32::from_ne_bytes(size).min(MAX_DATA_BUFFER));
+        } else if !request.error && opcode == FUSE_WRITE {
+            request.written = u64::from(self.reply_word(slot, HEADER).min(MAX_DATA_BUFFER));
         }
-        counters.finished(device.0, queue as usize, request);
+        if self.finished.is_full() {
+            self.count_finished(sys);
+        }
+        let _ = self.finished.push((device, queue, began, request));
+    }
+
+    /// Counts the requests that have been answered since the last time. The guest sees all of them from now on, so one look at
+    /// the clock is the end of all of them.
+    pub(super) fn count_finished(&mut self, sys: &S) {
+        if let (Some(counters), false) = (&self.count_in, self.finished.is_empty()) {
+            let now = sys.now();
+            for (device, queue, began, request) in &self.finished {
+                let ns = now.saturating_sub(*began);
+                let request = Finished { ns, ..*request };
+                counters.finished(device.0, *queue as usize, request);
+            }
+        }
+        self.finished.clear();
+    }
+
+    /// A word of a reply that has been written.
+    fn reply_word(&self, slot: u32, at: usize) -> u32 {
+        let (Some(body), Some(map)) = (self.bodies.get(slot), self.map_of(slot)) else {
+            return 0;
+        };
+        let mut word = [0; 4];
+        // SAFETY: the slot is the core's; nobody writes its chain.
+        let chain = unsafe { &(*body.as_ptr()).chain };
+        chain.writable(&map).after(at).read(&mut word);
+        u32::from_ne_bytes(word)
     }
 
     /// Puts a request that has not run back, for the queue's next start.
@@ -459,7 +488,10 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         let Some(body) = self.bodies.get(slot) else {
             return;
         };
-        let Some((at, head, _)) = self.free_slot(slot) else {
+        let Some(Freed {
+            queue: at, head, ..
+        }) = self.free_slot(slot)
+        else {
             return;
         };
         if let Some(q) = self.queue_mut(at) {
@@ -470,27 +502,20 @@ impl<B: Backend, S: System<B>> Reactor<B, S> {
         self.check_stopped(at, sys);
     }
 
-    pub(super) fn free_slot(&mut self, slot: u32) -> Option<(u32, Head, bool)> {
-        let meta = self.slots.get_mut(slot as usize)?;
-        let head = meta.head.take()?;
-        let meta = core::mem::replace(meta, SlotMeta::free());
-        self.put_buffer(meta.input_buffer);
-        self.put_buffer(meta.output_buffer);
-        self.free.push(slot);
-        Some((meta.queue, head, meta.discard))
-    }
-
-    pub(super) fn put_buffer(&mut self, buffer: Option<DataBuffer>) {
-        if let Some(buffer) = buffer {
-            self.pool.put(buffer);
+    pub(super) fn free_slot(&mut self, slot: u32) -> Option<Freed> {
+        let mut freed = self.slots.get_mut(slot as usize)?.end()?;
+        for buffer in &mut freed.buffers {
+            if let Some(buffer) = buffer.take() {
+                self.pool.put(buffer);
+            }
         }
+        self.free.push(slot);
+        Some(freed)
     }
 
     /// Tells the management thread when INIT or DESTROY has changed whether the device is mounted.
     pub(super) fn note_mount(&mut self, slot: u32, sys: &mut S) {
-        let Some(run) = self.locate(slot) else { return };
-        // SAFETY: the slot is the core's.
-        let opcode = dispatch::opcode(unsafe { run.input.as_ref() });
+        let opcode = self.slots.get(slot as usize).map_or(0, |m| m.opcode);
         if opcode != FUSE_INIT && opcode != FUSE_DESTROY {
             return;
         }

@@ -41,6 +41,7 @@ impl Area {
     }
 
     /// The address of `size` bytes at `offset`, if they lie inside and are aligned.
+    #[inline]
     fn at(&self, offset: usize, size: usize, align: usize) -> Option<NonNull<u8>> {
         let end = offset.checked_add(size)?;
         if end > self.len {
@@ -51,6 +52,7 @@ impl Area {
     }
 
     /// Copies `N` bytes in; zeros if they do not lie inside.
+    #[inline]
     pub(crate) fn read<const N: usize>(&self, offset: usize) -> [u8; N] {
         let mut out = [0; N];
         if let Some(host) = self.at(offset, N, 1) {
@@ -60,6 +62,7 @@ impl Area {
     }
 
     /// Has the processor fetch what is at `offset`, for a [`read`](Self::read) to come.
+    #[inline]
     pub(crate) fn prefetch(&self, offset: usize) {
         if let Some(host) = self.at(offset, 1, 1) {
             prefetch(host);
@@ -67,6 +70,7 @@ impl Area {
     }
 
     /// Copies bytes out, if they lie inside.
+    #[inline]
     pub(crate) fn write(&self, offset: usize, src: &[u8]) {
         #[cfg(test)]
         crate::sim::fate::store();
@@ -76,6 +80,7 @@ impl Area {
     }
 
     /// Loads a little-endian number; 0 if it does not lie inside.
+    #[inline]
     pub(crate) fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
         let Some(host) = self.at(offset, 2, 2) else {
             return 0;
@@ -86,6 +91,7 @@ impl Area {
     }
 
     /// Stores a little-endian number.
+    #[inline]
     pub(crate) fn store_u16(&self, offset: usize, value: u16, order: Ordering) {
         #[cfg(test)]
         crate::sim::fate::store();
@@ -97,6 +103,7 @@ impl Area {
     }
 
     /// Loads a little-endian number; 0 if it does not lie inside.
+    #[inline]
     pub(crate) fn load_u32(&self, offset: usize, order: Ordering) -> u32 {
         let Some(host) = self.at(offset, 4, 4) else {
             return 0;
@@ -107,6 +114,7 @@ impl Area {
     }
 
     /// Stores a little-endian number.
+    #[inline]
     pub(crate) fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
         #[cfg(test)]
         crate::sim::fate::store();

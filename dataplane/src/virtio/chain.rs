@@ -16,8 +16,8 @@ use ferry_shared::limits::MAX_CHAIN;
 use serde::{Deserialize, Serialize};
 
 use super::queue::QueueError;
-use super::spec::DESC_SIZE;
-use crate::mem::{Fault, GuestMap, IoVec, Iova, Segments, copy_in};
+use super::spec::{DESC_SIZE, Desc, DescFlags};
+use crate::mem::{Fault, GuestMap, IoVec, Iova, Region, Segments, copy_in};
 
 /// Most pieces that a chain has: one per descriptor, and some for descriptors that cross the boundary of two regions.
 pub const MAX_PIECES: usize = MAX_CHAIN + 64;
@@ -53,7 +53,10 @@ pub struct Chain {
     /// The same for the pieces.
     pieces_len: usize,
     pieces_readable: usize,
-    /// Sum of the lengths.
+    /// Bytes of the readable pieces, and of the others.
+    readable: usize,
+    writable: usize,
+    /// Sum of the lengths that the descriptors said.
     total: u32,
     /// The map that the pieces were translated by.
     map: u64,
@@ -79,12 +82,15 @@ impl Chain {
             ranges_readable: 0,
             pieces_len: 0,
             pieces_readable: 0,
+            readable: 0,
+            writable: 0,
             total: 0,
             map: 0,
         }
     }
 
     /// Forgets the request.
+    #[inline]
     pub fn reset(&mut self) {
         let Chain {
             ranges: _,
@@ -93,6 +99,8 @@ impl Chain {
             ranges_readable,
             pieces_len,
             pieces_readable,
+            readable,
+            writable,
             total,
             map,
         } = self;
@@ -100,33 +108,38 @@ impl Chain {
         *ranges_readable = 0;
         *pieces_len = 0;
         *pieces_readable = 0;
+        *readable = 0;
+        *writable = 0;
         *total = 0;
         *map = 0;
     }
 
     /// What the device may read. `map` must be the one that translated the chain, that is the queue's map when it was
     /// popped or the one given to [`retranslate`](Self::retranslate); with another one the result is empty.
+    #[inline]
     pub fn readable<'a>(&'a self, map: &'a GuestMap) -> Segments<'a> {
         let pieces = self.pieces.get(..self.pieces_readable).unwrap_or(&[]);
-        self.segments(pieces, map)
+        self.segments(pieces, self.readable, map)
     }
 
     /// What the device may write; see [`readable`](Self::readable).
+    #[inline]
     pub fn writable<'a>(&'a self, map: &'a GuestMap) -> Segments<'a> {
         let pieces = self
             .pieces
             .get(self.pieces_readable..self.pieces_len)
             .unwrap_or(&[]);
-        self.segments(pieces, map)
+        self.segments(pieces, self.writable, map)
     }
 
-    fn segments<'a>(&'a self, pieces: &'a [IoVec], map: &'a GuestMap) -> Segments<'a> {
+    #[inline]
+    fn segments<'a>(&'a self, pieces: &'a [IoVec], len: usize, map: &'a GuestMap) -> Segments<'a> {
         if map.id() != self.map {
             return Segments::empty();
         }
         // SAFETY: the ids are equal, so `map` is the one that `translate` took the pieces from, those after
-        // `pieces_readable` with write access; it is borrowed for 'a.
-        unsafe { Segments::new(pieces) }
+        // `pieces_readable` with write access; it is borrowed for 'a. `len` was added up from them.
+        unsafe { Segments::of_len(pieces, len) }
     }
 
     /// What the descriptors named, readable ones first, and how many those are.
@@ -141,6 +154,7 @@ impl Chain {
     }
 
     /// Adds a descriptor's buffer.
+    #[inline]
     pub(super) fn push(&mut self, range: Range, write: bool) -> Result<(), QueueError> {
         let slot = self
             .ranges
@@ -162,52 +176,193 @@ impl Chain {
         Ok(())
     }
 
+    /// Takes in a table as Linux writes it: in one region, its descriptors in order, each buffer in one region and not empty.
+    /// Looks at each descriptor once and translates it at once. `false`: it is another table, a bad one, or not the beginning of
+    /// the chain, and nothing has been taken.
+    #[inline]
+    pub(super) fn fill(&mut self, table: &IndirectTable<'_>) -> bool {
+        if self.ranges_len != 0 {
+            return false;
+        }
+        let filled = self.try_fill(table).is_some();
+        if !filled {
+            self.reset();
+        }
+        filled
+    }
+
+    #[inline]
+    fn try_fill(&mut self, table: &IndirectTable<'_>) -> Option<()> {
+        let host = table.host?;
+        let mut pieces = Pieces {
+            out: &mut self.pieces,
+            len: 0,
+            last: None,
+            bytes: 0,
+        };
+        let mut region: Option<&Region> = None;
+        let mut total = 0u32;
+        for (index, slot) in (0..table.entries).zip(self.ranges.iter_mut()) {
+            let mut bytes = [0; DESC_SIZE];
+            let offset = (index as usize).wrapping_mul(DESC_SIZE);
+            // SAFETY: `index` < `entries`, so the descriptor lies in the table, all of which is at `host`.
+            copy_in(unsafe { host.add(offset) }, &mut bytes);
+            let desc: Desc = zerocopy::transmute!(bytes);
+            let flags = DescFlags::from_bits_retain(desc.flags.get());
+            let range = Range {
+                iova: Iova(desc.addr.get()),
+                len: desc.len.get(),
+            };
+            let write = flags.contains(DescFlags::WRITE);
+            let inside = |r: &Region| r.host_of(range.iova, u64::from(range.len), write);
+            let mut at = region.and_then(inside);
+            if at.is_none() {
+                region = table.map.region(range.iova);
+                at = region.and_then(inside);
+            }
+            if flags.contains(DescFlags::INDIRECT) || range.len == 0 {
+                return None;
+            }
+            if write && self.ranges_readable == self.ranges_len {
+                // The first one that is writable.
+                self.pieces_readable = pieces.len;
+                self.readable = core::mem::take(&mut pieces.bytes);
+                pieces.last = None;
+            } else if !write && self.ranges_readable != self.ranges_len {
+                return None;
+            }
+            *slot = range;
+            total = total.checked_add(range.len)?;
+            pieces.add(at?, range.len as usize).ok()?;
+            self.ranges_len = self.ranges_len.saturating_add(1);
+            if !write {
+                self.ranges_readable = self.ranges_len;
+            }
+            if !flags.contains(DescFlags::NEXT) {
+                if !write {
+                    self.pieces_readable = pieces.len;
+                    self.readable = core::mem::take(&mut pieces.bytes);
+                }
+                self.writable = pieces.bytes;
+                self.pieces_len = pieces.len;
+                self.total = total;
+                self.map = table.map.id();
+                return Some(());
+            }
+            if u32::from(desc.next.get()) != index.wrapping_add(1) {
+                return None;
+            }
+        }
+        None
+    }
+
+    /// Whether the pieces behind the ranges are known.
+    #[inline]
+    pub(super) fn is_translated(&self, map: &GuestMap) -> bool {
+        self.map != 0 && self.map == map.id()
+    }
+
     /// Finds the pieces behind the ranges. Both halves are tried, so that an error reply can be written when a readable
     /// buffer is bad; the first fault is returned.
     pub(super) fn translate(&mut self, map: &GuestMap) -> Option<ChainFault> {
         self.pieces_len = 0;
         self.map = map.id();
-        let first = self.translate_half(map, 0, self.ranges_readable, false);
+        let (readable, first) = self.translate_half(map, 0, self.ranges_readable, false);
+        self.readable = readable;
         self.pieces_readable = self.pieces_len;
-        let second = self.translate_half(map, self.ranges_readable, self.ranges_len, true);
-        first.err().or(second.err())
+        let (writable, second) =
+            self.translate_half(map, self.ranges_readable, self.ranges_len, true);
+        self.writable = writable;
+        first.or(second)
     }
 
+    /// The bytes of the pieces found, and what stopped the search.
+    #[inline]
     fn translate_half(
         &mut self,
         map: &GuestMap,
         from: usize,
         to: usize,
         write: bool,
-    ) -> Result<(), ChainFault> {
-        // The piece under construction: neighbours in this process become one, which keeps the kernel's iovecs short.
-        let mut last: Option<(NonNull<u8>, usize)> = None;
+    ) -> (usize, Option<ChainFault>) {
+        let mut pieces = Pieces {
+            out: &mut self.pieces,
+            len: self.pieces_len,
+            last: None,
+            bytes: 0,
+        };
+        // Neighbouring buffers mostly lie in the same region.
+        let mut region = None;
+        let mut fault = None;
         for range in self.ranges.get(from..to).unwrap_or(&[]) {
-            let mut at = range.iova;
-            let mut left = u64::from(range.len);
-            while left > 0 {
-                let (host, n) = map.translate_some(at, left, write)?;
-                let (base, len) = match last {
-                    Some((base, len)) if base.as_ptr().wrapping_add(len) == host.as_ptr() => {
-                        self.pieces_len = self.pieces_len.saturating_sub(1);
-                        (base, len.saturating_add(n as usize))
-                    }
-                    _ => (host, n as usize),
-                };
-                let slot = self
-                    .pieces
-                    .get_mut(self.pieces_len)
-                    .ok_or(ChainFault::TooManyPieces)?;
-                *slot = IoVec::new(base, len);
-                self.pieces_len = self.pieces_len.saturating_add(1);
-                last = Some((base, len));
-                left = left.saturating_sub(n);
-                if left > 0 {
-                    at = at.checked_add(n).ok_or(Fault::Unmapped {
-                        iova: at.0,
-                        len: left,
-                    })?;
-                }
+            let len = u64::from(range.len);
+            let inside = |r: &Region| r.host_of(range.iova, len, write);
+            let mut host = region.and_then(inside);
+            if host.is_none() {
+                region = map.region(range.iova);
+                host = region.and_then(inside);
+            }
+            let done = match host {
+                Some(host) => pieces.add(host, range.len as usize),
+                None => pieces.add_split(map, *range, write),
+            };
+            if let Err(found) = done {
+                fault = Some(found);
+                break;
+            }
+        }
+        self.pieces_len = pieces.len;
+        (pieces.bytes, fault)
+    }
+}
+
+/// Pieces that are being put together.
+struct Pieces<'a> {
+    out: &'a mut [IoVec],
+    len: usize,
+    /// The last one: neighbours in this process become one, which keeps the kernel's iovecs short.
+    last: Option<(NonNull<u8>, usize)>,
+    bytes: usize,
+}
+
+impl Pieces<'_> {
+    #[inline]
+    fn add(&mut self, host: NonNull<u8>, n: usize) -> Result<(), ChainFault> {
+        if n == 0 {
+            return Ok(());
+        }
+        let (base, len) = match self.last {
+            Some((base, len)) if base.as_ptr().wrapping_add(len) == host.as_ptr() => {
+                self.len = self.len.saturating_sub(1);
+                (base, len.saturating_add(n))
+            }
+            _ => (host, n),
+        };
+        let slot = self
+            .out
+            .get_mut(self.len)
+            .ok_or(ChainFault::TooManyPieces)?;
+        *slot = IoVec::new(base, len);
+        self.len = self.len.saturating_add(1);
+        self.last = Some((base, len));
+        self.bytes = self.bytes.saturating_add(n);
+        Ok(())
+    }
+
+    /// A range that is empty, lies in several regions, or in none.
+    #[cold]
+    fn add_split(&mut self, map: &GuestMap, range: Range, write: bool) -> Result<(), ChainFault> {
+        let mut at = range.iova;
+        let mut left = u64::from(range.len);
+        while left > 0 {
+            let (host, n) = map.translate_some(at, left, write)?;
+            self.add(host, n as usize)?;
+            left = left.saturating_sub(n);
+            if left > 0 {
+                at = at.checked_add(n).ok_or(Fault::Unmapped {
+                    iova: at.0,
+                    len: left,
+                })?;
             }
         }
         Ok(())
@@ -225,25 +380,58 @@ pub(super) struct IndirectTable<'m> {
 
 impl<'m> IndirectTable<'m> {
     /// Checks what the descriptor says about the table.
+    #[inline]
     pub(super) fn new(map: &'m GuestMap, range: Range) -> Result<IndirectTable<'m>, QueueError> {
         if range.len == 0 || !(range.len as usize).is_multiple_of(DESC_SIZE) {
             return Err(QueueError::IndirectLength { len: range.len });
         }
-        let host = map.translate(range.iova, u64::from(range.len), 1, false);
+        let region = map.region(range.iova);
         Ok(IndirectTable {
             map,
             iova: range.iova,
             entries: (range.len as usize / DESC_SIZE) as u32,
-            host: host.ok(),
+            host: region.and_then(|r| r.host_of(range.iova, u64::from(range.len), false)),
         })
     }
 
+    #[inline]
     pub(super) fn entries(&self) -> u32 {
         self.entries
     }
 
+    /// Has the processor fetch the first buffers that the table names.
+    #[inline]
+    pub(super) fn look_ahead(&self, buffers: u32) {
+        let Some(host) = self.host else { return };
+        for index in 0..self.entries.min(buffers) as usize {
+            let mut addr = [0; 8];
+            // SAFETY: `index` < `entries`, so the descriptor, whose first 8 bytes are the address, lies in the table.
+            copy_in(
+                unsafe { host.add(index.wrapping_mul(DESC_SIZE)) },
+                &mut addr,
+            );
+            self.map.prefetch(Iova(u64::from_le_bytes(addr)));
+        }
+    }
+
     /// Copies one descriptor in.
+    #[inline]
     pub(super) fn read(&self, index: u32) -> Result<[u8; DESC_SIZE], Fault> {
+        match self.host.filter(|_| index < self.entries) {
+            Some(host) => {
+                let mut out = [0; DESC_SIZE];
+                let offset = (index as usize).wrapping_mul(DESC_SIZE);
+                // SAFETY: `index` < `entries`, so the descriptor lies in the table, all of which is at `host`.
+                copy_in(unsafe { host.add(offset) }, &mut out);
+                Ok(out)
+            }
+            None => self.read_split(index),
+        }
+    }
+
+    /// The same from a table that lies in several regions, or in none.
+    #[cold]
+    fn read_split(&self, index: u32) -> Result<[u8; DESC_SIZE], Fault> {
         let mut out = [0; DESC_SIZE];
         let offset = u64::from(index).saturating_mul(DESC_SIZE as u64);
         let outside = Fault::Unmapped {
@@ -253,16 +441,8 @@ impl<'m> IndirectTable<'m> {
         if index >= self.entries {
             return Err(outside);
         }
-        match self.host {
-            Some(host) => {
-                let host = NonNull::new(host.as_ptr().wrapping_add(offset as usize));
-                copy_in(host.ok_or(outside)?, &mut out);
-            }
-            None => {
-                let iova = self.iova.checked_add(offset).ok_or(outside)?;
-                self.map.read(iova, &mut out)?;
-            }
-        }
+        let iova = self.iova.checked_add(offset).ok_or(outside)?;
+        self.map.read(iova, &mut out)?;
         Ok(out)
     }
 }

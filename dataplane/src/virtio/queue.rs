@@ -251,6 +251,7 @@ impl Queue {
     }
 
     /// The guest memory in use; what [`Chain::readable`] and [`Chain::writable`] of popped requests want.
+    #[inline]
     pub fn map(&self) -> &Arc<GuestMap> {
         &self.map
     }
@@ -293,25 +294,20 @@ impl Queue {
         popped
     }
 
+    #[inline]
     fn take(&mut self, chain: &mut Chain) -> Result<Option<Popped>, QueueError> {
         if let Some(parked) = self.parked.pop_front() {
-            for (i, &range) in parked.ranges.iter().enumerate() {
-                chain.push(range, i >= parked.readable)?;
-            }
-            let fault = chain.translate(&self.map);
-            let head = Head {
-                id: parked.id,
-                count: parked.count,
-                entry: parked.entry,
-            };
-            return Ok(Some(Popped { head, fault }));
+            return Queue::take_parked(&parked, &self.map, chain).map(Some);
         }
         let popped = match &mut self.ring {
             Ring::Split(ring) => ring.pop(&self.config, &self.map, chain)?,
             Ring::Packed(ring) => ring.pop(&self.config, &self.map, chain)?,
         };
         Ok(popped.map(|(head, walk)| {
-            let fault = chain.translate(&self.map);
+            let fault = match chain.is_translated(&self.map) {
+                true => None,
+                false => chain.translate(&self.map),
+            };
             Popped {
                 head,
                 fault: walk.map(ChainFault::Memory).or(fault),
@@ -319,8 +315,27 @@ impl Queue {
         }))
     }
 
+    #[cold]
+    fn take_parked(
+        parked: &Parked,
+        map: &GuestMap,
+        chain: &mut Chain,
+    ) -> Result<Popped, QueueError> {
+        for (i, &range) in parked.ranges.iter().enumerate() {
+            chain.push(range, i >= parked.readable)?;
+        }
+        let fault = chain.translate(map);
+        let head = Head {
+            id: parked.id,
+            count: parked.count,
+            entry: parked.entry,
+        };
+        Ok(Popped { head, fault })
+    }
+
     /// Gives a request back, `written` bytes of its writable buffers filled. The driver sees it after the next
     /// [`publish`](Self::publish).
+    #[inline]
     pub fn push_used(&mut self, head: Head, written: u32) {
         self.in_flight = self.in_flight.saturating_sub(1);
         match &mut self.ring {
@@ -382,6 +397,7 @@ impl Queue {
     }
 
     /// Whether [`pop`](Self::pop) has something to return.
+    #[inline]
     pub fn has_work(&self) -> bool {
         if self.failed {
             return false;

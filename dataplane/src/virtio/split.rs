@@ -121,6 +121,7 @@ impl SplitRing {
         Ok(())
     }
 
+    #[inline]
     fn avail_idx(&self) -> u16 {
         // Acquire pairs with the driver's write barrier between filling an entry and moving the index.
         self.areas.as_ref().map_or(self.next_avail, |a| {
@@ -128,11 +129,16 @@ impl SplitRing {
         })
     }
 
+    #[inline]
     pub(super) fn has_work(&self) -> bool {
-        !self.resubmit.is_empty() || self.avail_idx() != self.next_avail
+        // The driver's index is in a cache line that its processor writes: it is not looked at while there is work anyway.
+        self.seen_avail != self.next_avail
+            || !self.resubmit.is_empty()
+            || self.avail_idx() != self.next_avail
     }
 
     /// Marks a head as being in flight.
+    #[inline]
     fn claim(&mut self, config: &QueueConfig, head: u16) -> Result<(), QueueError> {
         let size = config.size;
         let word = self.busy.get_mut(usize::from(head / 64));
@@ -151,6 +157,7 @@ impl SplitRing {
     }
 
     /// Takes the next request: its head, and the fault that cut the walk short.
+    #[inline]
     pub(super) fn pop(
         &mut self,
         config: &QueueConfig,
@@ -178,8 +185,12 @@ impl SplitRing {
 
     /// Has the processor fetch what the next requests consist of: another processor has just written it, and the fetches of
     /// several requests overlap where one after the other would be waited for. What is read here decides nothing.
+    #[inline]
     fn look_ahead(&self, areas: &Areas, config: &QueueConfig, map: &GuestMap) {
         let known = self.seen_avail.wrapping_sub(self.next_avail);
+        if known < 2 {
+            return;
+        }
         let desc_at = |n: u16| {
             let at = entry(config, self.next_avail.wrapping_add(n), 2);
             let head = areas.avail.load_u16(at, Ordering::Relaxed);
@@ -192,25 +203,20 @@ impl SplitRing {
             let desc: Desc = zerocopy::transmute!(areas.desc.read::<DESC_SIZE>(desc_at(2)));
             map.prefetch(Iova(desc.addr.get()));
         }
-        if known > 1 {
-            let desc: Desc = zerocopy::transmute!(areas.desc.read::<DESC_SIZE>(desc_at(1)));
-            let flags = DescFlags::from_bits_retain(desc.flags.get());
-            let range = Range {
-                iova: Iova(desc.addr.get()),
-                len: desc.len.get(),
-            };
-            if flags.contains(DescFlags::INDIRECT)
-                && let Ok(table) = IndirectTable::new(map, range)
-            {
-                for index in 0..table.entries().min(LOOK_AHEAD_PIECES) {
-                    let Ok(bytes) = table.read(index) else { break };
-                    let desc: Desc = zerocopy::transmute!(bytes);
-                    map.prefetch(Iova(desc.addr.get()));
-                }
-            }
+        let desc: Desc = zerocopy::transmute!(areas.desc.read::<DESC_SIZE>(desc_at(1)));
+        let flags = DescFlags::from_bits_retain(desc.flags.get());
+        let range = Range {
+            iova: Iova(desc.addr.get()),
+            len: desc.len.get(),
+        };
+        if flags.contains(DescFlags::INDIRECT)
+            && let Ok(table) = IndirectTable::new(map, range)
+        {
+            table.look_ahead(LOOK_AHEAD_PIECES);
         }
     }
 
+    #[inline]
     fn next_head(&mut self, config: &QueueConfig) -> Result<Option<u16>, QueueError> {
         if self.seen_avail == self.next_avail {
             self.seen_avail = self.avail_idx();
@@ -232,6 +238,7 @@ impl SplitRing {
         Ok(Some(head))
     }
 
+    #[inline]
     pub(super) fn push_used(&mut self, config: &QueueConfig, head: u16, written: u32) {
         if let Some(word) = self.busy.get_mut(usize::from(head / 64)) {
             *word &= !(1u64 << (head % 64));
@@ -347,6 +354,9 @@ fn walk(
                 return Err(QueueError::IndirectNested);
             }
             let next = open_indirect(config, map, flags, range)?;
+            if chain.fill(&next) {
+                return Ok(None);
+            }
             left = next.entries();
             table = Some(next);
             index = 0;

@@ -305,3 +305,39 @@ fn a_device_that_goes_takes_its_descriptors_along() {
         "the root, and the descriptor on its mount"
     );
 }
+
+#[test]
+fn a_closed_file_leaves_one_descriptor_for_reading_to_the_next_open() {
+    let rig = Rig::new();
+    let (file, fh) = rig.create(ROOT, "f");
+    rig.write(file.nodeid, fh, 0, b"text").unwrap();
+    rig.release(file.nodeid, fh);
+    let nodeid = file.nodeid;
+    let fds = rig.fds();
+    let open = |flags| rig.open(nodeid, flags).unwrap();
+
+    let first = open(libc::O_RDONLY);
+    rig.release(nodeid, first);
+    assert_eq!(rig.fds(), fds + 1, "it is left");
+    let (first, second) = (open(libc::O_RDONLY), open(libc::O_RDONLY));
+    assert_eq!(rig.fds(), fds + 2, "one takes it, the other needs its own");
+    assert_eq!(rig.read(nodeid, first, 0, 9).unwrap(), b"text");
+    assert_eq!(rig.read(nodeid, second, 0, 9).unwrap(), b"text");
+    rig.release(nodeid, first);
+    assert_eq!(
+        rig.read(nodeid, first, 0, 9).unwrap_err(),
+        Errno::EBADF,
+        "an ended handle stays ended"
+    );
+    rig.release(nodeid, second);
+    assert_eq!(rig.fds(), fds + 1, "one is enough");
+
+    for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_SYNC] {
+        let other = open(flags);
+        assert_eq!(rig.fds(), fds + 2, "what is left is not for {flags:#x}");
+        rig.release(nodeid, other);
+        assert_eq!(rig.fds(), fds + 1, "{flags:#x} leaves nothing");
+    }
+    rig.forget(nodeid);
+    assert_eq!(rig.fds(), fds - 1, "it goes with its inode");
+}

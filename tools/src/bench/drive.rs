@@ -282,7 +282,7 @@ impl<'a> Load<'a> {
             Kind::Open => {
                 let nodeid = self.target.files[file as usize].nodeid;
                 let arg = fuse_open_in {
-                    flags: libc::O_RDWR as u32,
+                    flags: libc::O_RDONLY as u32,
                     open_flags: 0,
                 };
                 let request = Request::new(FUSE_OPEN, nodeid, arg.as_bytes());

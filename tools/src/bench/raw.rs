@@ -210,7 +210,7 @@ impl Runner {
             }
             Kind::Getattr => statx(self.files[file].as_raw_fd(), c"", libc::AT_EMPTY_PATH)?,
             Kind::Lookup => statx(dir, &self.names[file], libc::AT_SYMLINK_NOFOLLOW)?,
-            Kind::Open => drop(open_at(dir, &self.names[file], libc::O_RDWR)?),
+            Kind::Open => drop(open_at(dir, &self.names[file], libc::O_RDONLY)?),
             Kind::Create => {
                 let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL;
                 drop(open_at(dir, c"new-raw", flags)?);

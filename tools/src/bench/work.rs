@@ -20,7 +20,7 @@ pub(super) enum Kind {
     Getattr,
     /// LOOKUP of names that exist.
     Lookup,
-    /// OPEN and RELEASE.
+    /// OPEN for reading, and RELEASE.
     Open,
     /// CREATE, RELEASE, UNLINK and FORGET.
     Create,

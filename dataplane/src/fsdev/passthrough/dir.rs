@@ -53,7 +53,10 @@ impl Passthrough {
         self.demand(caller, node.fd(), libc::R_OK)?;
         let flags = libc::O_RDONLY | libc::O_DIRECTORY | self.untouched();
         let fd = self.inodes.with_fds(|| sys::reopen(node.fd(), flags))?;
-        let fh = self.handles.add(fd, nodeid, handle::DIR, 1)?;
+        let place = self.handles.reserve()?;
+        let fh = self
+            .handles
+            .add_at(place, (fd, flags), nodeid, handle::DIR, 1);
         self.opened(fh, nodeid, self.dir_flags(), session)
     }
 

@@ -86,42 +86,55 @@ impl Passthrough {
         }
     }
 
-    /// Opens the regular file behind `fd` as the guest wants it.
+    /// The host's flags of files that are only read; such descriptors are used again.
+    fn plain_flags(&self) -> i32 {
+        libc::O_RDONLY | self.untouched()
+    }
+
+    /// Opens the regular file behind a node as the guest wants it; gives the host's flags too.
     fn open_regular(
         &self,
         caller: &Caller<'_>,
-        fd: i32,
+        node: &Node<'_>,
         flags: u32,
         open_flags: u32,
-    ) -> Result<Fd, Errno> {
+    ) -> Result<(Fd, i32), Errno> {
         let guest = flags as i32;
         let mut host = self.host_flags(guest)?;
+        if host == self.plain_flags()
+            && guest & (libc::O_TRUNC | libc::O_DIRECT) == 0
+            && let Some(fd) = node.take_spare()
+        {
+            return Ok((fd, host));
+        }
+        let fd = node.fd();
         if guest & libc::O_TRUNC != 0 {
             host |= libc::O_TRUNC;
             if open_flags & FUSE_OPEN_KILL_SUIDGID != 0 {
                 self.strip_privileges(caller, fd)?;
             }
         }
-        match self.inodes.with_fds(|| sys::reopen(fd, host)) {
+        let opened = match self.inodes.with_fds(|| sys::reopen(fd, host)) {
             // Only the promotion to reading is at fault if the server of the export refuses.
             Err(Errno::EACCES) if host & libc::O_ACCMODE != guest & libc::O_ACCMODE => {
-                let host = (host & !libc::O_ACCMODE) | libc::O_WRONLY;
+                host = (host & !libc::O_ACCMODE) | libc::O_WRONLY;
                 self.inodes.with_fds(|| sys::reopen(fd, host))
             }
             // Only appending is allowed; `publish` keeps the guest from caching what it writes.
             Err(Errno::EPERM) if guest & !host & libc::O_APPEND != 0 => {
                 let access = libc::O_ACCMODE | libc::O_APPEND;
-                let host = (host & !libc::O_ACCMODE) | (guest & access);
+                host = (host & !libc::O_ACCMODE) | (guest & access);
                 self.inodes.with_fds(|| sys::reopen(fd, host))
             }
             other => other,
-        }
+        };
+        opened.map(|fd| (fd, host))
     }
 
-    /// Makes an open file known to the guest.
+    /// Makes a file known to the guest that was opened with these flags of the host.
     fn publish(
         &self,
-        fd: Fd,
+        (fd, mut host_flags): (Fd, i32),
         nodeid: u64,
         guest_flags: u32,
         session: u64,
@@ -133,16 +146,15 @@ impl Passthrough {
             && let Some(found) = sys::make_direct(fd.raw())
         {
             flags |= handle::DIRECT;
+            host_flags |= libc::O_DIRECT;
             alignment = found;
         }
         let mut open_flags = self.file_flags();
-        if guest_flags as i32 & libc::O_APPEND != 0
-            && self.has(FUSE_WRITEBACK_CACHE)
-            && sys::flags_of(fd.raw()).is_ok_and(|flags| flags & libc::O_APPEND != 0)
-        {
+        if guest_flags as i32 & host_flags & libc::O_APPEND != 0 && self.has(FUSE_WRITEBACK_CACHE) {
             open_flags = FOPEN_DIRECT_IO;
         }
-        let fh = self.handles.add_at(place, fd, nodeid, flags, alignment);
+        let opened = (fd, host_flags);
+        let fh = self.handles.add_at(place, opened, nodeid, flags, alignment);
         self.opened(fh, nodeid, open_flags, session)
     }
 
@@ -191,8 +203,8 @@ impl Passthrough {
         self.demand(caller, node.fd(), wanted)?;
         // A truncated file must not be left behind with an error.
         let place = self.handles.reserve()?;
-        let fd = self.open_regular(caller, node.fd(), flags, open_flags)?;
-        self.publish(fd, nodeid, flags, session, (place, node.mnt()))
+        let file = self.open_regular(caller, &node, flags, open_flags)?;
+        self.publish(file, nodeid, flags, session, (place, node.mnt()))
     }
 
     pub(super) fn do_create(
@@ -255,7 +267,7 @@ impl Passthrough {
                 .with_fds(|| sys::open_beneath(dir.fd(), name, flags, arg.mode))?
         };
         self.label(caller, fd.raw())
-            .and_then(|()| self.created(fd, dir.mnt(), arg.flags, session, place))
+            .and_then(|()| self.created((fd, flags), dir.mnt(), arg.flags, session, place))
             .inspect_err(|_| {
                 // The error that counts is the first one.
                 let _ = sys::unlink(dir.fd(), name, 0);
@@ -276,7 +288,7 @@ impl Passthrough {
     /// The reply for a new file in a directory on mount `mnt`.
     fn created(
         &self,
-        fd: Fd,
+        (fd, host_flags): (Fd, i32),
         mnt: u64,
         flags: u32,
         session: u64,
@@ -290,7 +302,7 @@ impl Passthrough {
         if stat.stx_nlink == 0 {
             self.inodes.keep_nameless(nodeid);
         }
-        match self.publish(fd, nodeid, flags, session, (handle, mnt)) {
+        match self.publish((fd, host_flags), nodeid, flags, session, (handle, mnt)) {
             Ok(open) => Ok((self.entry(nodeid, &stat, mnt), open)),
             Err(errno) => {
                 self.do_forget(nodeid, 1);
@@ -319,7 +331,7 @@ impl Passthrough {
                 .with_fds(|| sys::open_unnamed(dir.fd(), flags, arg.mode))?
         };
         self.label(caller, fd.raw())?;
-        self.created(fd, dir.mnt(), arg.flags, session, place)
+        self.created((fd, flags), dir.mnt(), arg.flags, session, place)
     }
 
     /// Lets a transfer go past `O_DIRECT` when it does not have the alignment that the file needs, and from then on.
@@ -440,7 +452,7 @@ impl Passthrough {
             let _ = sys::flock(file.fd(), libc::LOCK_UN);
             lock::released();
         }
-        file.close();
+        file.close_to_reuse(self.plain_flags());
         Ok(())
     }
 

@@ -114,6 +114,24 @@ impl<'a> OpenFile<'a> {
         self.handles.end(&self.pin);
     }
 
+    /// Ends it; a file that was only read, with the flags `plain`, leaves its descriptor to the next handle. Not one that was
+    /// open for writing, because the host could neither run it nor mount its file system read-only meanwhile; and only on a
+    /// file system of this machine, because others do at an opening what makes them coherent.
+    pub(super) fn close_to_reuse(self, plain: i32) {
+        let handle = self.handle();
+        let clean = handle.flags.load(Relaxed) & !RING == CALM;
+        if clean
+            && handle.open_flags.load(Relaxed) == plain
+            && let Some(fd) = self.pin.kill_sole()
+        {
+            let nodeid = handle.nodeid.load(Relaxed);
+            self.handles.inodes.count_open(nodeid, false);
+            self.handles.inodes.leave_spare(nodeid, Fd::from_raw(fd));
+        } else {
+            self.close();
+        }
+    }
+
     /// Has the fd store keep a file that is locked.
     pub(super) fn keep_locked(&self) {
         let handle = self.handle();
@@ -188,33 +206,22 @@ impl Handles {
         })
     }
 
-    /// Adds an open file of inode `nodeid`; `alignment` is for `DIRECT` ones.
-    pub(super) fn add(
-        &self,
-        fd: Fd,
-        nodeid: u64,
-        flags: u32,
-        alignment: u32,
-    ) -> Result<u64, Errno> {
-        Ok(self.add_at(self.reserve()?, fd, nodeid, flags, alignment))
-    }
-
     /// A place for a file that is about to be opened.
     pub(super) fn reserve(&self) -> Result<Vacant<'_, Handle>, Errno> {
         self.table.reserve().ok_or(Errno::ENFILE)
     }
 
-    /// As [`Handles::add`], at a place that has been reserved.
+    /// Adds an open file of inode `nodeid` at a place that has been reserved. It was opened with `open_flags`; `alignment` is
+    /// for `DIRECT` ones.
     pub(super) fn add_at(
         &self,
         vacant: Vacant<'_, Handle>,
-        fd: Fd,
+        (fd, open_flags): (Fd, i32),
         nodeid: u64,
         flags: u32,
         alignment: u32,
     ) -> u64 {
         let handle = vacant.record();
-        let open_flags = sys::flags_of(fd.raw()).unwrap_or(libc::O_RDONLY);
         handle.nodeid.store(nodeid, Relaxed);
         handle.position.store(0, Relaxed);
         handle.flags.store(flags, Relaxed);

@@ -7,6 +7,8 @@
 //! Known inodes are found by device, inode number and mount. A hot inode cannot lose its number to another one, because its
 //! descriptor holds it. A cold one can, so meeting it again costs a comparison of file handles.
 //!
+//! A hot inode may also have a *spare* descriptor, open for reading, that a closed handle has left for the next one.
+//!
 //! Where the table outlives the process, the file handle is taken when an inode is met, and a later process finds all of them
 //! cold (`recover`).
 
@@ -79,7 +81,9 @@ pub(super) struct Inode {
     flags: AtomicU32,
     /// Open files and directories of it.
     opens: AtomicU32,
-    _pad: u32,
+    /// A descriptor open for reading that no handle uses now, plus one; 0 is none. There is one only while the record has
+    /// its `O_PATH` descriptor, and it goes with that.
+    spare: AtomicU32,
     handle: [AtomicU64; INLINE / 8],
 }
 
@@ -92,10 +96,20 @@ pub(super) type Tail = [AtomicU64; (FileHandle::MAX - INLINE) / 8];
 impl Record for Inode {
     fn retire(&self, fd: i32) {
         sys::close(fd);
+        drop(self.take_spare());
     }
 }
 
 impl Inode {
+    fn take_spare(&self) -> Option<Fd> {
+        if self.spare.load(Relaxed) == 0 {
+            return None;
+        }
+        let plus_one = self.spare.swap(0, AcqRel);
+        let fd = i32::try_from(plus_one.checked_sub(1)?).ok()?;
+        Some(Fd::from_raw(fd))
+    }
+
     fn fill(&self, key: &Key, kind: u32) {
         self.lookups.store(1, Relaxed);
         self.dev.store(key.dev, Relaxed);
@@ -105,6 +119,7 @@ impl Inode {
         self.handle_bytes.store(0, Relaxed);
         self.flags.store(0, Relaxed);
         self.opens.store(0, Relaxed);
+        self.spare.store(0, Relaxed);
     }
 
     fn key(&self) -> Key {
@@ -171,6 +186,11 @@ impl Node<'_> {
     /// Its type, as in `S_IFMT`.
     pub(super) fn kind(&self) -> u32 {
         self.pin.record().kind.load(Relaxed)
+    }
+
+    /// A descriptor of it that is open for reading, if an earlier handle has left one.
+    pub(super) fn take_spare(&self) -> Option<Fd> {
+        self.pin.record().take_spare()
     }
 
     /// The mount that it lies on.
@@ -353,6 +373,21 @@ impl Inodes {
             None => self.warm(&pin)?,
         };
         Ok(Node { pin, fd })
+    }
+
+    /// Keeps a descriptor that is open for reading for the next handle that wants one, unless there is one already.
+    pub(super) fn leave_spare(&self, nodeid: u64, fd: Fd) {
+        // The pin keeps the record's own descriptor, which takes the spare one along when it goes.
+        if let Ok(pin) = self.table.pin_quietly(nodeid)
+            && pin.fd().is_some()
+            && let Ok(raw) = u32::try_from(fd.raw())
+        {
+            let spare = &pin.record().spare;
+            let put = spare.compare_exchange(0, raw.saturating_add(1), AcqRel, Relaxed);
+            if put.is_ok() {
+                fd.into_raw();
+            }
+        }
     }
 
     /// The mount of an inode.

@@ -1,6 +1,7 @@
 //! Operations on names: looking up, making, linking, renaming, removing.
 
 use core::ffi::CStr;
+use core::ops::ControlFlow;
 
 use ferry_shared::errno::Errno;
 
@@ -231,10 +232,11 @@ impl Passthrough {
     ) -> Result<(), Errno> {
         self.expect_writable()?;
         let dir = self.inodes.get(nodeid)?;
-        if once::is_removed(caller, dir.fd(), name)? {
-            return Ok(());
-        }
-        self.inodes.keep_doomed(dir.fd(), name);
+        let found = match once::removal(caller, dir.fd(), name)? {
+            ControlFlow::Break(()) => return Ok(()),
+            ControlFlow::Continue(found) => found,
+        };
+        self.inodes.keep_doomed(dir.fd(), name, found);
         let _caller = self.act_if_squashed(caller)?;
         sys::unlink(dir.fd(), name, flags)
     }
@@ -258,7 +260,7 @@ impl Passthrough {
             return Ok(());
         }
         if flags & (libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE) == 0 {
-            self.inodes.keep_doomed(new.fd(), newname);
+            self.inodes.keep_doomed(new.fd(), newname, None);
         }
         let _caller = self.act_if_squashed(caller)?;
         sys::rename(old.fd(), name, new.fd(), newname, flags)

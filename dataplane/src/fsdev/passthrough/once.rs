@@ -4,6 +4,7 @@
 //! would fail notes nothing: it may fail again.
 
 use core::ffi::CStr;
+use core::ops::ControlFlow;
 
 use ferry_shared::errno::Errno;
 
@@ -52,20 +53,28 @@ pub(super) fn is_made(
     }
 }
 
-/// Whether an earlier execution has removed this name; if not, the caller does so next.
-pub(super) fn is_removed(caller: &Caller<'_>, dir: i32, name: &CStr) -> Result<bool, Errno> {
+/// Breaks off when an earlier execution has removed this name; if not, the caller does so next, and is told what it is the name
+/// of, if that was looked at and there is something.
+pub(super) fn removal(
+    caller: &Caller<'_>,
+    dir: i32,
+    name: &CStr,
+) -> Result<ControlFlow<(), Option<Stat>>, Errno> {
     let journal = &caller.journal;
     if !journal.is_on() {
-        return Ok(false);
+        return Ok(ControlFlow::Continue(None));
     }
     let found = present(dir, name)?;
     match (journal.before(), found) {
-        (Before::Begun(facts), found) => Ok(found.is_none_or(|found| !is(&found, &facts))),
+        (Before::Begun(facts), found) if found.is_none_or(|found| !is(&found, &facts)) => {
+            Ok(ControlFlow::Break(()))
+        }
+        (Before::Begun(_), found) => Ok(ControlFlow::Continue(found)),
         (Before::Nothing, Some(found)) => {
             journal.begin([found.stx_ino, dev(&found), 0, 0]);
-            Ok(false)
+            Ok(ControlFlow::Continue(Some(found)))
         }
-        (Before::Nothing, None) => Ok(false),
+        (Before::Nothing, None) => Ok(ControlFlow::Continue(None)),
     }
 }
 

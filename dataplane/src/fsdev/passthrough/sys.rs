@@ -179,12 +179,6 @@ pub(super) fn read_at(fd: i32, out: &mut [u8], at: u64) -> Result<usize, Errno> 
     check_size(unsafe { libc::pread(fd, out.as_mut_ptr().cast(), out.len(), at) })
 }
 
-/// The flags of an open file.
-pub(super) fn flags_of(fd: i32) -> Result<i32, Errno> {
-    // SAFETY: takes no pointer.
-    check(unsafe { libc::fcntl(fd, libc::F_GETFL) })
-}
-
 /// An unnamed file in a directory.
 pub(super) fn open_unnamed(dir: i32, flags: i32, mode: u32) -> Result<Fd, Errno> {
     open_beneath(dir, c".", (flags & !libc::O_CREAT) | libc::O_TMPFILE, mode)
@@ -433,8 +427,10 @@ pub(super) fn set_append(fd: i32, on: bool) -> Result<(), Errno> {
 }
 
 fn change_flags(fd: i32, add: i32, remove: i32) -> Result<(), Errno> {
-    let flags = (flags_of(fd)? | add) & !remove;
     // SAFETY: takes no pointer.
+    let now = check(unsafe { libc::fcntl(fd, libc::F_GETFL) })?;
+    let flags = (now | add) & !remove;
+    // SAFETY: as above.
     check(unsafe { libc::fcntl(fd, libc::F_SETFL, flags) }).map(drop)
 }
 

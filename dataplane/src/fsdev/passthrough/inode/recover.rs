@@ -12,7 +12,7 @@ use ferry_shared::errno::Errno;
 use super::{Inode, Inodes, KEPT, Key, Node, count_of, refused};
 use crate::fsdev::passthrough::attr;
 use crate::fsdev::passthrough::mounts::{self, Present};
-use crate::fsdev::passthrough::sys::{self, Fd};
+use crate::fsdev::passthrough::sys::{self, Fd, Stat};
 use crate::fsdev::passthrough::vault::Kind;
 use crate::fsdev::table::Pinned;
 use crate::fuse::abi::FUSE_ROOT_ID;
@@ -61,12 +61,17 @@ impl Inodes {
     }
 
     /// The name is about to go, perhaps the last one of an inode that the guest still uses: files that are open, and
-    /// directories, in which processes can stand without opening them.
-    pub(in crate::fsdev::passthrough) fn keep_doomed(&self, dir: i32, name: &CStr) {
+    /// directories, in which processes can stand without opening them. `found`: what the name was just seen to be.
+    pub(in crate::fsdev::passthrough) fn keep_doomed(
+        &self,
+        dir: i32,
+        name: &CStr,
+        found: Option<Stat>,
+    ) {
         if !self.vault.is_active() {
             return;
         }
-        let Ok(stat) = sys::stat_at(dir, name) else {
+        let Ok(stat) = found.map_or_else(|| sys::stat_at(dir, name), Ok) else {
             return;
         };
         let is_dir = attr::kind(&stat) == libc::S_IFDIR;
@@ -131,6 +136,7 @@ impl Inodes {
             });
             inode.mnt.store(mnt, Relaxed);
             inode.opens.store(0, Relaxed);
+            inode.spare.store(0, Relaxed);
             Some(inode.key().hash())
         });
         Ok(())
