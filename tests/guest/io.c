@@ -332,7 +332,7 @@ static void size_limit_sends_a_signal(void)
 
 static void swapping_is_refused(void)
 {
-	static char header[PAGE];
+	static char header[PAGE] __attribute__((aligned(PAGE)));
 	int fd = create_file("f", "");
 	header[0] = 'h'; /* User-Mode-Linux shares no page of zeroes with a device */
 	for (int i = 0; i < 64; i++)
