@@ -3,7 +3,7 @@
 use std::fs::{self, File, Permissions};
 use std::io::{BufRead, BufReader, Lines};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -26,17 +26,14 @@ impl Service {
         // The control plane is another user.
         fs::set_permissions(&dir, Permissions::from_mode(0o1777)).unwrap();
         let ferry = dir.join("ferry");
-        fs::copy(env!("CARGO_BIN_EXE_ferry"), &ferry).unwrap();
-        for (name, text) in [
-            ("ferry-dataplane", include_str!("fakes/ferry-dataplane")),
-            (
-                "ferry-controlplane",
-                include_str!("fakes/ferry-controlplane"),
-            ),
-        ] {
-            fs::write(dir.join(name), text).unwrap();
-            fs::set_permissions(dir.join(name), Permissions::from_mode(0o755)).unwrap();
-        }
+        let fakes = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fakes");
+        // By another process: a child that a test starts meanwhile would keep a program that this one writes busy.
+        let copied = Command::new("install")
+            .args(["-m", "755", env!("CARGO_BIN_EXE_ferry")])
+            .args(["ferry-dataplane", "ferry-controlplane"].map(|name| fakes.join(name)))
+            .arg(&dir)
+            .status();
+        assert!(copied.unwrap().success());
         fs::create_dir(dir.join("secret")).unwrap();
         fs::set_permissions(dir.join("secret"), Permissions::from_mode(0o700)).unwrap();
         fs::write(dir.join("secret/init.conf"), "first line").unwrap();
