@@ -270,6 +270,20 @@ pub(super) fn file_handle(fd: i32, name: &CStr) -> Result<FileHandle, Errno> {
 
 /// Opens the object of a file handle on the mount that `mount` lies on.
 pub(super) fn open_handle(mount: i32, handle: &FileHandle) -> Result<Fd, Errno> {
+    // ext4 answers so too while somebody makes a file that gets the number of the one asked for, which is then gone.
+    const ATTEMPTS: u32 = 16;
+    let mut opened = try_open_handle(mount, handle);
+    for _ in 1..ATTEMPTS {
+        if opened.as_ref().err() != Some(&Errno::ENOMEM) {
+            break;
+        }
+        std::thread::yield_now();
+        opened = try_open_handle(mount, handle);
+    }
+    opened
+}
+
+fn try_open_handle(mount: i32, handle: &FileHandle) -> Result<Fd, Errno> {
     let mut copy = *handle;
     let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
     // SAFETY: `copy` holds at least `copy.bytes` bytes of data: nobody but `file_handle` makes one.
